@@ -1,0 +1,184 @@
+"""Rows of a batch by prompt, and the three matrix products of grouped reading.
+
+Tensors over rows are `x [B, Hkv, M, d]`, M being whatever is folded into query rows; an arena is `[Hkv, T, d]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastprompt.errors import ArgumentError
+from fastprompt.plan import BatchPlan, unpack
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The rows `order[sum(counts[:g]) :][: counts[g]]` read the extent `starts[g], lens[g]`."""
+
+    order: list[int]
+    counts: list[int]
+    starts: list[int]
+    lens: list[int]
+
+    @classmethod
+    def build(cls, plan: Tensor | None, starts: list[int], lens: list[int], tokens: int) -> Groups:
+        """Groups of a packed plan (made here when None) with the extents of this call's arena of `tokens` tokens."""
+        for row, (s, n) in enumerate(zip(starts, lens, strict=True)):
+            if n < 0 or (n and (s < 0 or s + n > tokens)):
+                raise ArgumentError(
+                    f"row {row} reads prefix tokens {s}..{s + n - 1}, the arena holds 0..{tokens - 1}; "
+                    "check prefix_start and prefix_len"
+                )
+        order, offsets = unpack(BatchPlan.build(starts, lens).packed if plan is None else plan)
+        if len(order) != len(starts):
+            raise ArgumentError(f"plan holds {len(order)} rows, the batch has {len(starts)}; build a plan for it")
+        heads = [order[at] for at in offsets[:-1]]
+        groups = cls(
+            order,
+            [b - a for a, b in zip(offsets, offsets[1:], strict=False)],
+            [starts[row] for row in heads],
+            [lens[row] for row in heads],
+        )
+        groups._verify(starts, lens)
+        return groups._in_row_order() if len(order) == len(heads) and groups.step is None else groups
+
+    def _verify(self, starts: list[int], lens: list[int]) -> None:
+        for rows, start, length in self:
+            for row in rows:
+                if lens[row] != length or (length and starts[row] != start):
+                    raise ArgumentError(
+                        f"plan puts row {row} with row {rows[0]}, but prefix_start and prefix_len give them different "
+                        "prompts; build the plan from this batch"
+                    )
+
+    def _in_row_order(self) -> Groups:
+        """Groups of one row each need no sorting: the same in the order of the rows."""
+        at = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return Groups(
+            [self.order[i] for i in at], self.counts, [self.starts[i] for i in at], [self.lens[i] for i in at]
+        )
+
+    def __iter__(self) -> Iterator[tuple[list[int], int, int]]:
+        """Each group's rows, start and length."""
+        at = 0
+        for count, start, length in zip(self.counts, self.starts, self.lens, strict=True):
+            yield self.order[at : at + count], start, length
+            at += count
+
+    @property
+    def width(self) -> int:
+        """The longest extent."""
+        return max(self.lens, default=0)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether extents differ in length."""
+        return min(self.lens, default=0) != self.width
+
+    @property
+    def step(self) -> int | None:
+        """The distance of the extents where all groups look alike and follow at one distance: one strided view then."""
+        if len(self.counts) < 2 or self.width == 0 or self.ragged or min(self.counts) != max(self.counts):
+            return None
+        step = self.starts[1] - self.starts[0]
+        even = all(b - a == step for a, b in zip(self.starts, self.starts[1:], strict=False))
+        return step if even and step > 0 else None
+
+    @property
+    def in_order(self) -> bool:
+        return all(row == at for at, row in enumerate(self.order))
+
+    def sort(self, x: Tensor) -> Tensor:
+        """Rows of `x` in group order."""
+        return x if self.in_order else x[self._index(self.order, x)]
+
+    def unsort(self, x: Tensor) -> Tensor:
+        """Inverse of `sort`."""
+        if self.in_order:
+            return x
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return x[self._index(back, x)]
+
+    @staticmethod
+    def _index(rows: list[int], x: Tensor) -> Tensor:
+        return torch.tensor(rows, device=x.device)
+
+    def evenly(self, arena: Tensor) -> Tensor:
+        """`[Hkv, groups, d, P]`: a view of all extents, transposed, where `step` is not None."""
+        assert self.step is not None
+        span = self.step * (len(self.counts) - 1) + self.width
+        return arena.narrow(1, self.starts[0], span).unfold(1, self.width, self.step)
+
+    def chunks(self, x: Tensor) -> list[Tensor]:
+        """Per group the folded rows `[Hkv, R*M, d]` of `x`."""
+        parts = self.sort(x).split_with_sizes(self.counts)
+        return [p[0] if n == 1 else fold(p) for p, n in zip(parts, self.counts, strict=True)]
+
+    def join(self, chunks: list[Tensor | None], like: Tensor, width: int, fill: float) -> Tensor:
+        """`[B, Hkv, M, width]` from each group's `[Hkv, R*M, <= width]`; `fill` where a group has nothing."""
+        rows, heads, m = like.shape[:3]
+        if all(c is not None and c.shape[2] == width for c in chunks) and max(self.counts, default=2) == 1:
+            return self.unsort(torch.stack(chunks))  # type: ignore[arg-type]
+        out = like.new_full((rows, heads, m, width), fill)
+        for part, chunk in zip(out.split_with_sizes(self.counts), chunks, strict=True):
+            if chunk is not None:
+                part[..., : chunk.shape[2]] = unfold(chunk, part.shape[0])
+        return self.unsort(out)
+
+
+def fold(x: Tensor) -> Tensor:
+    """`[R, H, M, d]` as `[H, R*M, d]`."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def unfold(x: Tensor, rows: int) -> Tensor:
+    """`[H, R*M, d]` as `[R, H, M, d]`."""
+    return x.unflatten(1, (rows, -1)).transpose(0, 1)
+
+
+def scores(x: Tensor, arena: Tensor, groups: Groups, fill: float) -> Tensor:
+    """Products of each row with its extent: `x [B, Hkv, M, d]` -> `[B, Hkv, M, P]`, `fill` beyond the extent."""
+    if groups.step is not None:
+        keys = groups.evenly(arena)
+        return _evenly(x, groups, [k.to(x.dtype) for k in keys])
+    chunks = groups.chunks(x)
+    products = [
+        torch.bmm(c, arena.narrow(1, s, n).mT.to(c.dtype)) if n else None
+        for c, s, n in zip(chunks, groups.starts, groups.lens, strict=True)
+    ]
+    return groups.join(products, x, groups.width, fill)
+
+
+def mix(weights: Tensor, arena: Tensor, groups: Groups) -> Tensor:
+    """Weighted sums over each row's extent: `weights [B, Hkv, M, P]` -> `[B, Hkv, M, d]`."""
+    if groups.step is not None:
+        values = groups.evenly(arena)
+        return _evenly(weights, groups, [v.mT.to(weights.dtype) for v in values])
+    products = [
+        torch.bmm(c[..., :n], arena.narrow(1, s, n).to(c.dtype)) if n else None
+        for c, s, n in zip(groups.chunks(weights), groups.starts, groups.lens, strict=True)
+    ]
+    return groups.join(products, weights, arena.shape[2], 0.0)
+
+
+def outer(weights: Tensor, x: Tensor, tokens: int, groups: Groups) -> Tensor:
+    """Sums over the rows that read a token: `weights [B, Hkv, M, P]`, `x [B, Hkv, M, d]` -> `[Hkv, T, d]`."""
+    total = x.new_zeros(x.shape[1], tokens, x.shape[3])
+    pairs = zip(groups.chunks(weights), groups.chunks(x), groups.starts, groups.lens, strict=True)
+    for w, c, s, n in pairs:
+        if n:
+            total[:, s : s + n] += torch.bmm(w[..., :n].mT, c)
+    return total
+
+
+def _evenly(x: Tensor, groups: Groups, matrices: list[Tensor]) -> Tensor:
+    """`x [B, H, M, a]` times the matrix `[groups, a, b]` of its head and group -> `[B, H, M, b]`."""
+    rows, heads, m, _ = x.shape
+    count = len(groups.counts)
+    split = groups.sort(x).transpose(0, 1).reshape(heads, count, -1, x.shape[3])  # [H, groups, R*M, a]
+    out = torch.stack([torch.bmm(split[h], matrices[h]) for h in range(heads)])
+    return groups.unsort(out.view(heads, rows, m, -1).transpose(0, 1))

@@ -1,0 +1,77 @@
+"""Prefix attention over a paged own cache: rows with equally many queries are one dense call each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastprompt._eager import prefix_attention
+from fastprompt.errors import ArgumentError
+
+
+def forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+    sinks: Tensor | None,
+    plan: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`out [tokens, Hq, Dv]` and `lse [Hq, tokens]` (`[0]` unless needed)."""
+    tokens, heads, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_zeros(tokens, heads, v_cache.shape[3])
+    lse = q.new_full((heads, tokens) if need_lse else (0,), -float("inf"), dtype=lse_dtype)
+    bounds, lens = q_start.tolist(), kv_len.tolist()
+    _check(bounds, lens, block_table, k_cache, tokens)
+    for count, rows in _by_queries(bounds).items():
+        whole = len(rows) == len(lens)
+        pick = torch.tensor(rows, device=q.device)
+        at = torch.tensor([bounds[r] for r in rows], device=q.device)[:, None] + torch.arange(count, device=q.device)
+        pages = -(-max(lens[r] for r in rows) // k_cache.shape[1])
+        blocks = block_table[pick, :pages].long().clamp(0, k_cache.shape[0] - 1)
+        k, v = (c[blocks].flatten(1, 2).transpose(1, 2) for c in (k_cache, v_cache))  # [R, Hkv, S, d]
+        row_out, row_lse = prefix_attention.forward(
+            q[at].transpose(1, 2), k, v, prefix_k, prefix_v, prefix_start[pick], prefix_len[pick],
+            sinks, None, None, None, kv_len[pick], kv_len[pick] - count, plan if whole else None,
+            True, scale, window, softcap, need_lse,
+        )  # fmt: skip
+        out[at] = row_out
+        if need_lse:
+            lse[:, at] = row_lse.transpose(0, 1)
+    return out, lse
+
+
+def _by_queries(bounds: list[int]) -> dict[int, list[int]]:
+    """Rows by how many queries they have; rows without any are left out."""
+    rows: dict[int, list[int]] = {}
+    for row, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if b > a:
+            rows.setdefault(b - a, []).append(row)
+    return rows
+
+
+def _check(bounds: list[int], lens: list[int], block_table: Tensor, k_cache: Tensor, tokens: int) -> None:
+    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ArgumentError(f"q_start is {bounds}, expected offsets rising from 0 to the {tokens} queries")
+    room = block_table.shape[1] * k_cache.shape[1]
+    for row, length in enumerate(lens):
+        if length < bounds[row + 1] - bounds[row] or length > room:
+            raise ArgumentError(
+                f"kv_len[{row}] is {length}, expected at least the row's {bounds[row + 1] - bounds[row]} queries "
+                f"and at most the {room} tokens of its block table"
+            )
+    size, blocks = k_cache.shape[1], k_cache.shape[0]
+    used = torch.arange(block_table.shape[1], device=kv_len.device) * size < kv_len[:, None]
+    if bool((used & ((block_table < 0) | (block_table >= blocks))).any()):
+        raise ArgumentError(f"block_table names a block outside 0..{blocks - 1} within some row's kv_len")

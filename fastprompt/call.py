@@ -1,0 +1,85 @@
+"""One prompted call: the caller's inputs on their way to the backbone, its output on the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fastprompt.batch import PrefixBatch
+from fastprompt.embedding import EmbeddedRows
+from fastprompt.errors import ArgumentError
+from fastprompt.heads import classification_loss
+from fastprompt.integrations.transformers import inputs as call_inputs
+from fastprompt.integrations.transformers import padded_cache, positions
+from fastprompt.integrations.transformers.backbone import Backbone
+from fastprompt.context import Call
+
+
+@dataclass
+class PreparedCall:
+    """One call on its way to the backbone and its output on the way back."""
+
+    inputs: dict[str, Any]
+    call: Call
+    backbone: PreTrainedModel
+    layout: EmbeddedRows | None = None
+    labels: torch.Tensor | None = None
+
+    def embed(self, prompts: list[torch.Tensor | None]) -> None:
+        """Replace input ids by `[prompt | text]` embeddings and move everything per-token along."""
+        inputs, ids = self.inputs, self.inputs.pop("input_ids", None)
+        if ids is None:
+            raise ArgumentError("rows with embedding prompts need input_ids on this architecture, got inputs_embeds")
+        mask = inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        layout = EmbeddedRows.build(self.backbone.get_input_embeddings(), ids, mask, prompts)
+        decoder_labels = self.backbone.config.is_encoder_decoder
+        for name, fill in (("labels", -100), ("token_type_ids", 0)):
+            value = inputs.get(name)
+            if value is not None and value.shape == ids.shape and not (decoder_labels and name == "labels"):
+                inputs[name] = layout.scatter(value, fill)
+        for name in ("start_positions", "end_positions"):
+            if inputs.get(name) is not None:
+                inputs[name] = layout.move_positions(inputs[name])
+        inputs |= {"inputs_embeds": layout.embeds, "attention_mask": layout.mask}
+        self.layout = layout if not decoder_labels else None
+
+    def add_prefixes(self, batch: PrefixBatch, info: Backbone, generating: bool) -> None:
+        """Give the rows their prefixes and move their text positions behind them."""
+        limit, own = info.max_positions, 0 if info.encoder_decoder else call_inputs.tokens(self.inputs).shape[1]
+        if limit is not None and batch.longest + own > limit:
+            raise ArgumentError(
+                f"a prompt of {batch.longest} virtual tokens and a text of {own} tokens need {batch.longest + own} "
+                f"positions, the backbone has {limit}: shorten the text or the prompt"
+            )
+        if info.takes_position_ids:
+            self.count_positions(batch)
+        if info.path == "cache":
+            self.inputs = padded_cache.prepend(self.inputs, batch, call_inputs.text_mask(self.inputs))
+        else:
+            self.call.batch = batch
+
+    def count_positions(self, batch: PrefixBatch | None) -> None:
+        """Set `position_ids` `[B, N]`: over real tokens only, from the prompt's length on."""
+        own = call_inputs.tokens(self.inputs)
+        given = self.inputs.get("position_ids")
+        if given is None:
+            given = positions.text_positions(call_inputs.text_mask(self.inputs), own.shape[1])
+        self.inputs["position_ids"] = given if batch is None else given + batch.shift(given.device)[:, None]
+
+    def own_loss(self) -> None:
+        """Keep the labels back where heads of other sizes than the backbone's would break its loss."""
+        heads, labels = self.call.heads, self.inputs.get("labels")
+        if labels is not None and heads is not None and heads.labels() != {self.backbone.config.num_labels}:
+            self.labels = self.inputs.pop("labels")
+
+    def finish(self, output: Any) -> Any:
+        """The backbone's output in the caller's layout, with the loss where it was kept back."""
+        if self.layout is not None:
+            output = self.layout.restore(output)
+        if self.labels is not None:
+            output["loss"] = classification_loss(output["logits"], self.labels)
+        return output

@@ -1,0 +1,69 @@
+"""What one call of a prompted backbone carries to the attention, position and head hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastprompt.batch import PrefixBatch
+
+if TYPE_CHECKING:
+    from fastprompt.heads import RowHeads
+
+
+@dataclass
+class AttentionCall:
+    """One call of the attention interface, as the probe saw it."""
+
+    module: torch.nn.Module
+    key: torch.Tensor
+    value: torch.Tensor
+    self_attention: bool
+    mask_is_ours: bool
+    relative_bias: bool
+
+
+@dataclass
+class Call:
+    """State of one prompted forward (or of all forwards of one `generate`).
+
+    `record` receives `layer -> (key, value)` while a prompt is compiled; `probe` every attention call while a
+    backbone is inspected.
+    """
+
+    batch: PrefixBatch | None = None
+    record: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    probe: list[AttentionCall] | None = None
+    heads: RowHeads | None = None
+    expanded: dict[int, PrefixBatch] = field(default_factory=dict)
+
+    def batch_of(self, rows: int) -> PrefixBatch | None:
+        """The batch with each row repeated as `generate` does for beams and return sequences."""
+        if self.batch is None or rows == self.batch.rows:
+            return self.batch
+        if rows not in self.expanded:
+            self.expanded[rows] = self.batch.repeat_to(rows)
+        return self.expanded[rows]
+
+
+_ACTIVE: ContextVar[Call | None] = ContextVar("fastprompt_call", default=None)
+
+
+def active() -> Call | None:
+    """The call under way in this thread, if any."""
+    return _ACTIVE.get()
+
+
+@contextmanager
+def activate(call: Call) -> Iterator[Call]:
+    """Make `call` the one under way."""
+    token = _ACTIVE.set(call)
+    try:
+        yield call
+    finally:
+        _ACTIVE.reset(token)

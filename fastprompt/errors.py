@@ -1,0 +1,43 @@
+"""Every error that fastprompt raises on purpose.
+
+Each message names the argument, what came, what was expected and what to do.
+"""
+
+
+class FastPromptError(Exception):
+    """Base class: catch it to catch every deliberate error of this package."""
+
+
+class ArgumentError(FastPromptError, ValueError):
+    """An argument has a wrong shape, dtype, device or value."""
+
+
+class ImplementationError(FastPromptError, RuntimeError):
+    """An implementation was asked for explicitly and cannot run."""
+
+
+class PromptNotFoundError(FastPromptError, KeyError):
+    """No prompt of that name is known."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class DuplicatePromptError(FastPromptError, ValueError):
+    """A prompt of that name exists already."""
+
+
+class IncompatiblePromptError(FastPromptError, ValueError):
+    """A prompt was made for another backbone."""
+
+
+class PromptFileError(FastPromptError, ValueError):
+    """A stored prompt is missing, truncated, altered or in a format that is not read."""
+
+
+class UnsupportedError(FastPromptError, NotImplementedError):
+    """The backbone's architecture cannot do what was asked."""
+
+
+class BankFullError(FastPromptError, MemoryError):
+    """The bank's byte budget cannot hold a prompt even after eviction."""

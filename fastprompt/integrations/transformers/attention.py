@@ -1,0 +1,131 @@
+"""The attention function registered with transformers."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastprompt import ops
+from fastprompt.batch import LayerRows
+from fastprompt.context import AttentionCall, Call, active
+from fastprompt.integrations.transformers.masks import EAGER_NAME, PrefixMask, mask_function
+from fastprompt.integrations.transformers.relative_bias import RelativeBias
+
+NAME = "fastprompt"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an attention module stands: the prefix layers it runs as, in order of its calls in one forward.
+
+    `layers` is empty for a module no prefix enters (cross-attention, an encoder-decoder's encoder).
+    """
+
+    layers: tuple[int, ...]
+    relative_bias: RelativeBias | None = None
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a row's prefix and its own keys: `[B, Hq, N, D]` queries to `[B, N, Hq, Dv]` outputs."""
+    call = active()
+    if call is not None:
+        _observe(call, module, query, key, value, attention_mask, kwargs)
+    if not isinstance(attention_mask, PrefixMask):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        _warn_dropout()
+    return _prefix_attention(module, query, key, value, attention_mask, scaling, kwargs), None
+
+
+def _observe(
+    call: Call,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+) -> None:
+    """Hand this call to the probe or to the compilation under way."""
+    if call.probe is not None:
+        bias = kwargs.get("position_bias") is not None
+        same = key.shape[2] == query.shape[2]
+        call.probe.append(AttentionCall(module, key, value, same, isinstance(mask, PrefixMask), bias))
+    if call.record is not None:
+        for layer in module.fastprompt_site.layers[:1]:
+            call.record[layer] = (key, value)
+
+
+def _prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: PrefixMask,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    site: Site | None = getattr(module, "fastprompt_site", None)
+    bias, prefix_bias = mask.bias, mask.prefix_bias
+    if (position_bias := kwargs.get("position_bias")) is not None:
+        bias = position_bias if bias is None else bias + position_bias
+    if mask.batch is None or site is None or not site.layers:
+        rows = LayerRows.none(key.shape[0], key.device)
+        prefix_key, prefix_value = key.new_empty(key.shape[1], 0, key.shape[3]), value.new_empty(value.shape[1], 0, value.shape[3])
+    else:
+        layer = site.layers[mask.next_call(module)] if len(site.layers) > 1 else site.layers[0]
+        rows = mask.batch.layer_rows[layer].to(query.device)
+        prefix_key, prefix_value = mask.batch.keys[layer], mask.batch.values[layer]
+        if site.relative_bias is not None:
+            prefix_bias = site.relative_bias.prefix_columns(mask, query.shape[2], key.shape[2])
+    return ops.prefix_attention(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        rows.start,
+        rows.length,
+        causal=mask.causal,
+        scale=scaling,
+        window=mask.window,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        q_start=mask.q_start,
+        kv_start=mask.kv_start,
+        kv_len=mask.kv_len,
+        bias=bias,
+        prefix_bias=prefix_bias,
+        plan=rows.plan,
+    )
+
+
+def _warn_dropout() -> None:
+    warnings.warn(
+        "attention dropout is not applied on prompted rows: fastprompt computes attention in one fused op. "
+        "Dropout elsewhere in the backbone is unchanged.",
+        stacklevel=2,
+    )
+
+
+def register() -> None:
+    """Make the names `fastprompt` and `fastprompt_eager` known to transformers."""
+    for name in (NAME, EAGER_NAME):
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, mask_function)

@@ -1,0 +1,57 @@
+"""Reading and preparing the tensors of a forward or generate call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastprompt.errors import ArgumentError
+
+
+def batch_rows(inputs: dict[str, Any]) -> int:
+    """Number of rows of a call, from whichever input it was given."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask"):
+        if inputs.get(name) is not None:
+            return inputs[name].shape[0]
+    encoded = inputs.get("encoder_outputs")
+    if encoded is not None:
+        return encoded[0].shape[0]
+    raise ArgumentError("neither input_ids nor inputs_embeds was given, expected one of them")
+
+
+def tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """The tensor `[B, N, ...]` that holds the call's tokens."""
+    given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if given is None:
+        raise ArgumentError("neither input_ids nor inputs_embeds was given, expected one of them")
+    return given
+
+
+def text_mask(inputs: dict[str, Any]) -> torch.Tensor:
+    """The 2-D mask int64 `[B, seen + N]` of real own tokens; all ones where none was given."""
+    mask, own = inputs.get("attention_mask"), tokens(inputs)
+    if mask is not None:
+        if mask.dim() != 2:
+            raise ArgumentError(f"attention_mask has shape {list(mask.shape)}, expected [B, tokens] with prompts")
+        return mask.to(torch.int64)
+    cache = inputs.get("past_key_values")
+    seen = 0
+    if cache is not None:
+        seen = int(cache.get_seq_length()) - getattr(cache, "prefix_length", 0)
+    return torch.ones(own.shape[0], seen + own.shape[1], dtype=torch.int64, device=own.device)
+
+
+def pad_left(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Move right padding to the left, as generation needs it; inputs without right padding come back unchanged."""
+    mask = inputs.get("attention_mask")
+    ids = inputs.get("input_ids")
+    if mask is None or ids is None or mask.shape != ids.shape or bool(mask[:, -1].all()):
+        return inputs
+    order = mask.bool().int().sort(dim=1, stable=True).indices  # padding first, text in its order
+    moved = {
+        name: value.gather(1, order)
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.shape == ids.shape
+    }
+    return inputs | moved

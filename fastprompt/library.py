@@ -1,0 +1,164 @@
+"""The prompts of one backbone by name, and their way into a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import torch
+from torch import nn
+
+from fastprompt.bank import Entry, PromptBank
+from fastprompt.batch import Extent, PrefixBatch, assemble
+from fastprompt.errors import ArgumentError, DuplicatePromptError, IncompatiblePromptError, PromptNotFoundError
+from fastprompt.prompts import SoftPrompt
+from fastprompt.spec import Prefix, unflatten
+from fastprompt.store import prompt_digest
+
+if TYPE_CHECKING:
+    from fastprompt.integrations.transformers.backbone import Backbone
+
+
+def _key(name: str) -> str:
+    return quote(name, safe="").replace(".", "%2E")  # a module's name takes no dots
+
+
+class PromptLibrary(nn.Module):
+    """Prompts by name, kept as float32 parameters; their prefixes live in the bank while in use.
+
+    The library is the source, the bank the cache: an evicted or retrained prompt is written to the bank again when a
+    batch next asks for it.
+    """
+
+    def __init__(self, backbone: Backbone, bank_bytes: int | None = None) -> None:
+        super().__init__()
+        self.modules_by_key = nn.ModuleDict()
+        self._names: dict[str, str] = {}
+        self._backbone = backbone
+        self._bank_bytes = bank_bytes
+        self._bank: PromptBank | None = None
+        self._in_bank: dict[str, object] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> SoftPrompt:
+        if name not in self._names:
+            near = get_close_matches(str(name), self._names, n=3)
+            known = f"did you mean {' or '.join(map(repr, near))}?" if near else f"{len(self)} prompts are loaded"
+            raise PromptNotFoundError(f"prompt {name!r} is not loaded: {known}")
+        return self.modules_by_key[self._names[name]]  # type: ignore[return-value]
+
+    def add(self, name: str, prompt: SoftPrompt) -> None:
+        """Take in a prompt made for this backbone, under a new name."""
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"prompt name is {name!r}, expected a string that is not empty")
+        if name in self:
+            raise DuplicatePromptError(f"prompt {name!r} exists: remove it first, or choose another name")
+        if prompt.spec.fingerprint() != self._backbone.spec.fingerprint():
+            raise IncompatiblePromptError(
+                f"prompt {name!r} was made for {prompt.spec.describe()}, this backbone is "
+                f"{self._backbone.spec.describe()}"
+            )
+        self._names[name] = _key(name)
+        self.modules_by_key[_key(name)] = prompt.to(self._backbone.device)
+
+    def remove(self, name: str) -> SoftPrompt:
+        """Take a prompt out of the library and the bank."""
+        prompt = self[name]
+        del self.modules_by_key[self._names.pop(name)]
+        self._in_bank.pop(name, None)
+        if self._bank is not None and name in self._bank:
+            self._bank.remove(name)
+        return prompt
+
+    @property
+    def bank(self) -> PromptBank:
+        """The device arena of prefixes, made on first use."""
+        if self._bank is None:
+            backbone = self._backbone
+            self._bank = PromptBank(
+                backbone.spec.layers, dtype=backbone.dtype, devices=backbone.layer_devices, bytes=self._bank_bytes
+            )
+        return self._bank
+
+    def trains(self, names: Sequence[str]) -> bool:
+        """Whether a forward over these prompts must build a graph."""
+        return torch.is_grad_enabled() and any(p.requires_grad for n in names for p in self[n].encoder.parameters())
+
+    @contextmanager
+    def prefix_batch(self, rows: Sequence[str | None]) -> Iterator[PrefixBatch]:
+        """The batch in which row b reads the prefix of prompt `rows[b]`; pinned in the bank inside the context."""
+        names = list(dict.fromkeys(filter(None, rows)))
+        with ExitStack() as stack:
+            if self.trains(names):
+                prefixes = self._fresh(names)
+                places = {name: i for i, name in enumerate(names)}
+                yield assemble(prefixes, [places[r] if r else None for r in rows], self._empty())
+                return
+            entries = {name: stack.enter_context(self._resident(name)) for name in names}
+            extents = [_extent(entries[r]) if r else None for r in rows]
+            layers = range(self._backbone.spec.num_layers)
+            bank = self.bank
+            yield PrefixBatch.build([bank.keys(i) for i in layers], [bank.values(i) for i in layers], extents)
+
+    def _empty(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        make = torch.empty
+        backbone = self._backbone
+        return [
+            tuple(make(s.kv_heads, 0, d, dtype=backbone.dtype, device=device) for d in (s.key_dim, s.value_dim))  # type: ignore[misc]
+            for s, device in zip(backbone.spec.layers, backbone.layer_devices, strict=True)
+        ]
+
+    def _fresh(self, names: Sequence[str]) -> list[Prefix]:
+        """Differentiable prefixes; all embedding prompts are compiled in one forward."""
+        made: dict[str, Prefix] = {n: self[n]() for n in names if self[n].kind == "prefix"}
+        rest = [n for n in names if n not in made]
+        if rest:
+            made |= zip(rest, self._backbone.compile([self[n]() for n in rest]), strict=True)
+        return [made[n] for n in names]
+
+    @contextmanager
+    def _resident(self, name: str) -> Iterator[Entry]:
+        """The prompt's up-to-date extent in the bank, pinned."""
+        prompt, bank = self[name], self.bank
+        key = prompt.version_key()
+        if name not in bank or self._in_bank.get(name) != key:
+            write = bank.replace if name in bank else bank.put
+            write(name, self._current(prompt), prompt_digest(prompt))
+            self._in_bank[name] = key
+        with bank.pin([name]) as entries:
+            yield entries[0]
+
+    @torch.no_grad()
+    def _current(self, prompt: SoftPrompt) -> Prefix:
+        weights = prompt.weights()
+        if prompt.kind == "prefix":
+            return unflatten(weights, prompt.spec, prompt.config.prefix_layers(prompt.spec))
+        model = self._backbone.model
+        training = model.training
+        model.train(False)
+        try:
+            return self._backbone.compile([weights])[0]
+        finally:
+            model.train(training)
+
+    def _apply(self, function: Any, recurse: bool = True) -> PromptLibrary:
+        """Follow the model to another device; prompts stay float32 whatever dtype the backbone takes."""
+        super()._apply(lambda t: function(t).float() if t.is_floating_point() else function(t), recurse)
+        self._bank = None
+        self._in_bank.clear()
+        return self
+
+
+def _extent(entry: Entry) -> Extent:
+    return Extent(entry.start, entry.length, entry.layers)

@@ -1,0 +1,268 @@
+"""PromptedModel: one frozen transformers model, any mixture of prompts in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastprompt import heads, peft_format, store
+from fastprompt.call import PreparedCall
+from fastprompt.errors import ArgumentError, UnsupportedError
+from fastprompt.integrations.transformers import inputs as call_inputs
+from fastprompt.integrations.transformers.backbone import inspect_backbone
+from fastprompt.context import Call, activate
+from fastprompt.integrations.transformers.source import BackboneSource
+from fastprompt.library import PromptLibrary
+from fastprompt.prompts import PromptConfig, SoftPrompt
+
+Rows = Sequence[str | None]
+
+
+class PromptedModel(nn.Module):
+    """A frozen transformers model that takes a prompt a row.
+
+    Semantics:
+        model = PromptedModel(AutoModelForCausalLM.from_pretrained("gpt2"))
+        model.load_prompt("sentiment", "path")                     # a PEFT adapter or a fastprompt folder
+        model.add_prompt("mine", PrefixTuning(num_virtual_tokens=30))
+        model(**batch, prompts=["sentiment", None, "mine"]).logits  # a name a row, or one for all rows
+
+    Everything else (`config`, `generate`'s options, `device`, ...) is the backbone's. Text positions start behind the
+    prompt, padding on either side never changes a row, the KV cache holds own tokens only, and a row's result does not
+    depend on its neighbours.
+
+    Args:
+        backbone: a transformers model; it is frozen and its attention implementation switched to fastprompt's.
+        tokenizer: needed by inits from text and class labels only.
+        bank_bytes: byte budget of the device arena that holds prefixes in use; None is unbounded.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, tokenizer: Any = None, *, bank_bytes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self._info = inspect_backbone(backbone)
+        self.library = PromptLibrary(self._info, bank_bytes)
+        self._head_hooks: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "backbone":
+                raise
+            return getattr(self.backbone, name)
+
+    # prompts ---------------------------------------------------------------------------------------------------------
+
+    def add_prompt(
+        self,
+        name: str,
+        config: PromptConfig | SoftPrompt,
+        *,
+        num_labels: int | None = None,
+        labels: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> SoftPrompt:
+        """Add a fresh, trainable prompt (or one built before) and return it.
+
+        A backbone with a task head (sequence or token classification, question answering) gives each prompt its own
+        trainable copy, with `num_labels` outputs when given.
+        """
+        if name in self.library:
+            self.library.add(name, self.library[name])  # raises: the name is taken
+        if isinstance(config, SoftPrompt):
+            prompt = config
+        elif isinstance(config, PromptConfig):
+            prompt = config.build(self._info.spec, BackboneSource(self._info, self.tokenizer), seed=seed)
+            prompt.labels = tuple(labels) if labels else None
+            prompt.head = heads.fresh_head(self.backbone, num_labels or (len(labels) if labels else None))
+        else:
+            raise ArgumentError(
+                f"config is {type(config).__name__}, expected a prompt config such as PrefixTuning(num_virtual_tokens=30)"
+            )
+        return self._take(name, prompt)
+
+    def load_prompt(
+        self, name: str, path: str | Path, *, trainable: bool = False, task: int | None = None
+    ) -> SoftPrompt:
+        """Load a prompt under a name: a fastprompt folder, a PEFT adapter folder, or an adapter's id on the hub.
+
+        Args:
+            trainable: whether its parameters take gradients.
+            task: which task of a PEFT multitask prompt to take.
+        """
+        if name in self.library:
+            self.library.add(name, self.library[name])
+        folder = _local_folder(path)
+        if peft_format.is_peft_folder(folder):
+            prompt = peft_format.read_peft(folder, self._info.spec, **({} if task is None else {"task_id": task}))
+        else:
+            prompt = store.load_prompt(folder, self._info.spec)
+        return self._take(name, prompt.requires_grad_(trainable))
+
+    def save_prompt(self, name: str, path: str | Path, *, format: str = "fastprompt", overwrite: bool = False) -> None:
+        """Write a prompt to a folder, in fastprompt's own format or as a PEFT adapter."""
+        prompt = self.library[name]
+        if format == "fastprompt":
+            store.save_prompt(path, prompt, record=prompt.record, overwrite=overwrite)
+        elif format == "peft":
+            peft_format.write_peft(
+                path,
+                prompt,
+                task_type=prompt.task_type or _task_type(self.backbone),
+                base_model_name_or_path=getattr(self.backbone, "name_or_path", "") or None,
+                overwrite=overwrite,
+            )
+        else:
+            raise ArgumentError(f'format is {format!r}, expected "fastprompt" or "peft"')
+
+    def remove_prompt(self, name: str) -> SoftPrompt:
+        """Forget a prompt; returns it."""
+        return self.library.remove(name)
+
+    @property
+    def prompt_names(self) -> list[str]:
+        """Names of all prompts, in the order they came."""
+        return list(self.library)
+
+    @classmethod
+    def from_peft(cls, peft_model: Any, tokenizer: Any = None, **options: Any) -> PromptedModel:
+        """The same backbone with every prompt adapter of a `PeftModel`, under the adapters' names.
+
+        The backbone is taken over, not copied: use the `PeftModel` no more.
+        """
+        from fastprompt.integrations import peft
+
+        with peft.saved_prompts(peft_model) as folders:
+            model = cls(peft.unwrap(peft_model), tokenizer, **options)
+            for name, folder in folders.items():
+                model.load_prompt(name, folder, trainable=True)
+        return model
+
+    def why(self) -> str:
+        """Which path prompts take through this backbone, and why."""
+        info = self._info
+        embeds = "compiled to prefixes" if info.compiles else "embedded before the text"
+        lines = [f"{info.spec.describe()}: prefix path {info.path!r}", *info.reasons, f"embedding prompts are {embeds}"]
+        return "\n  ".join(lines)
+
+    # calls -----------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        prompts: str | Rows | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The backbone's forward with a prompt a row.
+
+        Args:
+            prompts: a name for all rows, or one name or None a row; None is the bare backbone.
+            kwargs: the backbone's own arguments.
+        Returns:
+            the backbone's output; per-token fields cover the caller's tokens, never the virtual ones.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | kwargs
+        rows = self._rows(prompts, inputs)
+        if rows is None:
+            return self.backbone(**inputs)
+        with self._prepared(rows, inputs) as call:
+            output = self.backbone(**call.inputs)
+        return call.finish(output)
+
+    def generate(self, inputs: torch.Tensor | None = None, *, prompts: str | Rows | None = None, **kwargs: Any) -> Any:
+        """`backbone.generate` with a prompt a row; `prompts` as in `forward`."""
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        rows = self._rows(prompts, kwargs)
+        if rows is None:
+            return self.backbone.generate(**kwargs)
+        if not self._info.encoder_decoder:
+            kwargs = call_inputs.pad_left(kwargs)
+        with torch.no_grad(), self._prepared(rows, kwargs, generating=True) as call:
+            return self.backbone.generate(**call.inputs)
+
+    def _rows(self, prompts: str | Rows | None, inputs: dict[str, Any]) -> list[str | None] | None:
+        """A checked name or None for each row; None when no row has a prompt."""
+        if prompts is None:
+            return None
+        count = call_inputs.batch_rows(inputs)
+        rows = [prompts] * count if isinstance(prompts, str) else list(prompts)
+        if len(rows) != count:
+            raise ArgumentError(f"prompts has {len(rows)} entries, the batch has {count} rows: give one name a row")
+        for name in dict.fromkeys(rows):
+            if name is not None:
+                self.library[name]
+        return rows if any(name is not None for name in rows) else None
+
+    @contextmanager
+    def _prepared(self, rows: list[str | None], inputs: dict[str, Any], generating: bool = False) -> Iterator[PreparedCall]:
+        """Inputs for the backbone, with the rows' prefixes and heads active."""
+        info = self._info
+        embedded = [r if r and self.library[r].kind == "embedding" and not info.compiles else None for r in rows]
+        prefixed = [r if r and e is None else None for r, e in zip(rows, embedded, strict=True)]
+        call = Call(heads=self._row_heads(rows))
+        prepared = PreparedCall(dict(inputs), call, self.backbone)
+        prepared.own_loss()
+        with ExitStack() as stack:
+            if any(embedded):
+                prepared.embed(self._embeddings(embedded))
+            if any(prefixed):
+                if info.path == "none":
+                    raise UnsupportedError(f"{info.spec.describe()} cannot take prefixes: {'; '.join(info.reasons)}")
+                prepared.add_prefixes(stack.enter_context(self.library.prefix_batch(prefixed)), info, generating)
+            elif info.takes_position_ids and not any(embedded):
+                prepared.count_positions(None)
+            stack.enter_context(activate(call))
+            yield prepared
+
+    def _embeddings(self, rows: Rows) -> list[torch.Tensor | None]:
+        made = {name: self.library[name]() for name in dict.fromkeys(filter(None, rows))}
+        return [made[name] if name else None for name in rows]
+
+    def _row_heads(self, rows: Rows) -> heads.RowHeads | None:
+        return heads.RowHeads.build([self.library[name].head if name else None for name in rows])
+
+    def _take(self, name: str, prompt: SoftPrompt) -> SoftPrompt:
+        self.library.add(name, prompt)
+        if prompt.head is not None:
+            for module in heads.RowHeads((prompt.head,), (0,)).modules() - self._head_hooks:
+                heads.hook(module, self.backbone.get_submodule(module))
+                self._head_hooks.add(module)
+        return prompt
+
+
+def _local_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.exists() or folder.is_absolute() or str(path).startswith("."):
+        return folder
+    if str(path).count("/") > 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json"]))
+
+
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+def _task_type(model: PreTrainedModel) -> str | None:
+    return next((task for suffix, task in _TASKS.items() if type(model).__name__.endswith(suffix)), None)

@@ -1,0 +1,115 @@
+"""Prefix attention for serving: packed ragged queries over a paged own cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt import dispatch
+from fastprompt.errors import ArgumentError
+from fastprompt.ops import _checks
+from fastprompt.ops._library import define
+from fastprompt.plan import BatchPlan
+
+
+def paged_prefix_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    plan: BatchPlan | None = None,
+    impl: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of packed rows over their prefixes and the pages of their own tokens.
+
+    Semantics, for row b with n = q_start[b + 1] - q_start[b] queries::
+
+        k, v = k_cache[block_table[b]], v_cache[block_table[b]]   # its first kv_len[b] tokens
+        out[q_start[b] : q_start[b + 1]] = prefix_attention(      # query i has own index kv_len[b] - n + i
+            q[q_start[b] : q_start[b + 1]], k, v, prefix_k, prefix_v, prefix_start[b], prefix_len[b])
+
+    Shapes: `q [tokens, Hq, D]`, `k_cache [blocks, block_size, Hkv, D]`, `v_cache [blocks, block_size, Hkv, Dv]`, int32 or
+    int64 `block_table [B, max_blocks]` (entries past a row's tokens are not read), `q_start [B + 1]` offsets into q,
+    `kv_len [B]` own tokens including the new ones; the rest as in `prefix_attention`.
+    Returns `out [tokens, Hq, Dv]` and, with `return_lse`, `lse [Hq, tokens]`. For inference: it has no gradients.
+    Raises `ArgumentError` for what does not fit or requires gradients, `ImplementationError` for an `impl` that
+    cannot run.
+    Source: paged caches as in Kwon et al. 2023 (arXiv 2309.06180), section 4.
+    """
+    _check(q, k_cache, v_cache, block_table, q_start, kv_len, prefix_k, prefix_v, prefix_start, prefix_len)
+    _checks.sinks(sinks, q.shape[1], q)
+    _checks.positive("window", window)
+    _checks.positive("softcap", softcap)
+    if _checks.needs_grad(q, k_cache, v_cache, prefix_k, prefix_v, sinks):
+        raise ArgumentError(
+            "paged_prefix_attention has no gradients and an input requires them; call it under torch.no_grad(), "
+            "or train with prefix_attention"
+        )
+    out, lse = torch.ops.fastprompt.paged_prefix_attention.default(
+        q, k_cache, v_cache, block_table, q_start, kv_len, prefix_k, prefix_v, prefix_start, prefix_len, sinks,
+        _checks.plan(plan, kv_len.shape[0]), q.shape[2] ** -0.5 if scale is None else scale, window, softcap,
+        return_lse, dispatch.choose("paged_prefix_attention", impl, q.device.type),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+) -> None:
+    _checks.shape("q", q, (None,) * 3, "[tokens, Hq, D]")
+    _checks.shape("k_cache", k_cache, (None, None, None, q.shape[2]), "[blocks, block_size, Hkv, D]")
+    blocks, size, kv_heads, dim = k_cache.shape
+    _checks.shape("v_cache", v_cache, (blocks, size, kv_heads, None), "[blocks, block_size, Hkv, Dv]")
+    _checks.shape("prefix_k", prefix_k, (kv_heads, None, dim), "[Hkv, T, D]")
+    _checks.shape("prefix_v", prefix_v, (kv_heads, prefix_k.shape[1], v_cache.shape[3]), "[Hkv, T, Dv]")
+    _checks.heads(q.shape[1], kv_heads)
+    _checks.floats({"q": q, "k_cache": k_cache, "v_cache": v_cache, "prefix_k": prefix_k, "prefix_v": prefix_v})
+    _checks.index("kv_len", kv_len, (None,), "[B]", q)
+    rows = kv_len.shape[0]
+    _checks.index("q_start", q_start, (rows + 1,), "[B + 1]", q)
+    _checks.index("block_table", block_table, (rows, None), "[B, max_blocks]", q)
+    _checks.index("prefix_start", prefix_start, (rows,), "[B]", q)
+    _checks.index("prefix_len", prefix_len, (rows,), "[B]", q)
+
+
+def _run(*args: Any) -> tuple[Tensor, Tensor]:
+    return dispatch.kernels("paged_prefix_attention", args[-1]).forward(*args[:-1])
+
+
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = q.shape
+    lse = (heads, tokens) if args[-2] else (0,)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(tokens, heads, v_cache.shape[3]), q.new_empty(lse, dtype=dtype)
+
+
+define(
+    "paged_prefix_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor q_start, Tensor kv_len, "
+    "Tensor prefix_k, Tensor prefix_v, Tensor prefix_start, Tensor prefix_len, Tensor? sinks, Tensor? plan, "
+    "float scale, SymInt? window, float? softcap, bool need_lse, str impl) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)

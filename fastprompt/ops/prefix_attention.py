@@ -1,0 +1,177 @@
+"""Attention of each row to its own prefix, read in place, and to its own keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt import dispatch
+from fastprompt.ops import _checks
+from fastprompt.ops._library import define, differentiate
+from fastprompt.plan import BatchPlan
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    q_start: Tensor | None = None,
+    bias: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    plan: BatchPlan | None = None,
+    impl: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of every row over its prefix and its own keys in one softmax.
+
+    Semantics, for row b and query i::
+
+        keys   = prefix_k[:, start : start + len], then k[b, :, max(kv_start, 0) : kv_len]
+        qi     = q_start[b] + i                                  # own index of the query
+        logit  = softcap_(scale * q . key) + bias                # softcap_(x) = softcap * tanh(x / softcap)
+        seen   = own keys j <= qi if causal, the prefix always
+        seen  &= position(q) - position(key) < window            # its absolute value unless causal
+        out, lse = softmax(logits seen, and sinks[h] without a value)
+
+    where own index j has position len + j - kv_start and prefix token p has position p. A negative `kv_start` says
+    that so many older own keys were dropped: positions count them still. A query that sees nothing gives 0 and -inf.
+
+    Shapes: `q [B, Hq, N, D]`, `k [B, Hkv, S, D]`, `v [B, Hkv, S, Dv]`, one layer of an arena `prefix_k [Hkv, T, D]`,
+    `prefix_v [Hkv, T, Dv]`, int32 or int64 `[B]` for `prefix_start`, `prefix_len`, `kv_start` (default 0), `kv_len`
+    (default S), `q_start` (default S - N); `sinks [Hq]`, `bias [B|1, Hq|1, N|1, S]`, `prefix_bias [B|1, Hq|1, N|1, P]` with
+    P >= the longest prefix. Any strides with a contiguous last dimension; float32, bfloat16, float16 or float64.
+    `scale` defaults to D**-0.5. `plan` groups the rows by prompt and is made here when None.
+    Returns `out [B, N, Hq, Dv]` in the dtype of q and, with `return_lse`, the natural-log `lse [B, Hq, N]` in float32
+    (float64 for float64), both contiguous. Gradients of all floating point inputs, those of a prefix summed over the
+    rows that read it, equal to the last bit on every run.
+    Raises `ArgumentError` for what does not fit and `ImplementationError` for an `impl` that cannot run.
+    Source: prefixes as in Li and Liang 2021, section 4; merging by lse as in FlashAttention (Dao et al. 2022, section 3.1).
+    """
+    _check(q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, kv_start, kv_len, q_start)
+    _checks.sinks(sinks, q.shape[1], q)
+    _checks.bias("bias", bias, q, k.shape[2], "[B|1, Hq|1, N|1, S]")
+    _checks.bias("prefix_bias", prefix_bias, q, None, "[B|1, Hq|1, N|1, P]")
+    _checks.positive("window", window)
+    _checks.positive("softcap", softcap)
+    need_lse = return_lse or _checks.needs_grad(q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias)
+    out, lse = torch.ops.fastprompt.prefix_attention.default(
+        q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, bias, prefix_bias, kv_start, kv_len, q_start,
+        _checks.plan(plan, q.shape[0]), causal, q.shape[3] ** -0.5 if scale is None else scale, window, softcap,
+        need_lse, dispatch.choose("prefix_attention", impl, q.device.type),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+    kv_start: Tensor | None,
+    kv_len: Tensor | None,
+    q_start: Tensor | None,
+) -> None:
+    _checks.shape("q", q, (None,) * 4, "[B, Hq, N, D]")
+    rows, heads, _, dim = q.shape
+    _checks.shape("k", k, (rows, None, None, dim), "[B, Hkv, S, D]")
+    _, kv_heads, size, _ = k.shape
+    _checks.shape("v", v, (rows, kv_heads, size, None), "[B, Hkv, S, Dv]")
+    _checks.shape("prefix_k", prefix_k, (kv_heads, None, dim), "[Hkv, T, D]")
+    _checks.shape("prefix_v", prefix_v, (kv_heads, prefix_k.shape[1], v.shape[3]), "[Hkv, T, Dv]")
+    _checks.heads(heads, kv_heads)
+    _checks.floats({"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v})
+    for name, x in (
+        ("prefix_start", prefix_start),
+        ("prefix_len", prefix_len),
+        ("kv_start", kv_start),
+        ("kv_len", kv_len),
+        ("q_start", q_start),
+    ):
+        _checks.index(name, x, (rows,), "[B]", q)
+
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor prefix_start, Tensor prefix_len, "
+    "Tensor? sinks, Tensor? bias, Tensor? prefix_bias, Tensor? kv_start, Tensor? kv_len, Tensor? q_start, Tensor? plan"
+)
+_NUMBERS = "bool causal, float scale, SymInt? window, float? softcap"
+_INPUTS = (0, 1, 2, 3, 4, 7, 8, 9)  # which of _TENSORS have gradients
+_COUNT = 14  # tensors in _TENSORS
+
+
+def _run(*args: Any) -> tuple[Tensor, Tensor]:
+    return dispatch.kernels("prefix_attention", args[-1]).forward(*args[:-1])
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    q, v, need_lse = args[0], args[2], args[-2]
+    rows, heads, queries, _ = q.shape
+    lse = (rows, heads, queries) if need_lse else (0,)
+    return q.new_empty(rows, queries, heads, v.shape[3]), q.new_empty(lse, dtype=_lse_dtype(q))
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    return dispatch.kernels("prefix_attention", args[-1]).backward(*args[:-1])
+
+
+def _fake_backward(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    inputs, wanted = [args[i] for i in _INPUTS], args[-2]
+    return tuple(
+        torch.empty_like(x) if w and x is not None else dout.new_empty(0) for x, w in zip(inputs, wanted, strict=True)
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_COUNT], *output)
+    *ctx.numbers, ctx.need_lse, ctx.impl = inputs[_COUNT:]
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in _INPUTS]
+    grads: list[Tensor | None] = [None] * (_COUNT + len(ctx.numbers) + 2)
+    if dout is None and dlse is None:
+        return tuple(grads)
+    dout = torch.zeros_like(out) if dout is None else dout
+    results = torch.ops.fastprompt.prefix_attention_backward.default(
+        dout, dlse, *tensors, out, lse, *ctx.numbers, wanted, ctx.impl
+    )
+    for i, want, grad in zip(_INPUTS, wanted, results, strict=True):
+        grads[i] = grad if want else None
+    return tuple(grads)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+define(
+    f"prefix_attention({_TENSORS}, {_NUMBERS}, bool need_lse, str impl) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
+define(
+    f"prefix_attention_backward(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, {_NUMBERS}, "
+    "bool[] wanted, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+differentiate("prefix_attention", _backward, _setup)

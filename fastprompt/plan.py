@@ -1,0 +1,119 @@
+"""BatchPlan: the rows of one batch grouped by prompt, built once a step and used by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastprompt.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Rows sorted by prompt, with the offsets of each prompt's rows.
+
+    `packed` is one int32 tensor on the host, because only tensors and numbers cross the boundary of a registered
+    op. It holds, for a capacity of C rows, `order [C] | group_offsets [C+1] | group_start [C] | group_len [C]`;
+    entries without a row or group are -1. Its size depends on the capacity alone, so a compiled or captured step
+    takes any batch that fits. Work lists that kernels want beside it (tiles, split-KV) belong in further tensors
+    of this class.
+    """
+
+    packed: torch.Tensor
+    capacity: int
+
+    @classmethod
+    def build(
+        cls,
+        prefix_start: Sequence[int] | torch.Tensor,
+        prefix_len: Sequence[int] | torch.Tensor,
+        *,
+        capacity_rows: int | None = None,
+    ) -> BatchPlan:
+        """Sorts the rows of a batch by prompt.
+
+        Semantics::
+
+            order = stable_sort(rows, key=(len == 0, start, len))   # rows without a prompt come last, as one group
+            group g owns rows order[group_offsets[g] : group_offsets[g + 1]]
+            and reads arena tokens group_start[g] .. group_start[g] + group_len[g] - 1
+
+        `prefix_start`, `prefix_len`: integers, one a row; a tensor on an accelerator is copied to the host.
+        `capacity_rows`: rows the plan has room for, by default the rows given. Rows may later carry other
+        extents (another layer's arena, or none there) as long as the rows of one group still share theirs.
+        Raises `ArgumentError` when the two differ in length, hold negative lengths or exceed the capacity.
+        """
+        starts, lens = _host(prefix_start), _host(prefix_len)
+        rows = len(starts)
+        capacity = rows if capacity_rows is None else capacity_rows
+        _check(starts, lens, capacity)
+        keys = [(n == 0, s if n else 0, n) for s, n in zip(starts, lens, strict=True)]
+        order = sorted(range(rows), key=keys.__getitem__)
+        offsets, group_start, group_len = [], [], []
+        previous = None
+        for at, row in enumerate(order):
+            if keys[row] != previous:
+                previous = keys[row]
+                offsets.append(at)
+                group_start.append(previous[1])
+                group_len.append(previous[2])
+        offsets.append(rows)
+        blank = [-1] * (capacity - len(group_start))
+        packed = order + [-1] * (capacity - rows) + offsets + blank + group_start + blank + group_len + blank
+        return cls(torch.tensor(packed, dtype=torch.int32), capacity)
+
+    @property
+    def order(self) -> torch.Tensor:
+        """`[C]`: row numbers, sorted by prompt."""
+        return self.packed[: self.capacity]
+
+    @property
+    def group_offsets(self) -> torch.Tensor:
+        """`[C+1]`: where each group's rows begin in `order`; the last used entry is the number of rows."""
+        return self.packed[self.capacity : 2 * self.capacity + 1]
+
+    @property
+    def group_start(self) -> torch.Tensor:
+        """`[C]`: first arena token of each group's prompt."""
+        return self.packed[2 * self.capacity + 1 : 3 * self.capacity + 1]
+
+    @property
+    def group_len(self) -> torch.Tensor:
+        """`[C]`: length of each group's prompt."""
+        return self.packed[3 * self.capacity + 1 :]
+
+    @property
+    def num_rows(self) -> int:
+        return int((self.order >= 0).sum())
+
+    @property
+    def num_groups(self) -> int:
+        return int((self.group_len >= 0).sum())
+
+
+def unpack(packed: torch.Tensor) -> tuple[list[int], list[int]]:
+    """`order` and `group_offsets` of a packed plan as lists without the empty entries."""
+    capacity = packed.shape[0] // 4
+    values = packed[: 2 * capacity + 1].tolist()
+    order, offsets = values[:capacity], values[capacity:]
+    rows = offsets.index(-1) if offsets[-1] < 0 else len(offsets)
+    offsets = offsets[:rows]
+    return order[: offsets[-1]], offsets
+
+
+def _host(values: Sequence[int] | torch.Tensor) -> list[int]:
+    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
+
+
+def _check(starts: list[int], lens: list[int], capacity: int) -> None:
+    if len(starts) != len(lens):
+        raise ArgumentError(
+            f"prefix_start has {len(starts)} rows and prefix_len has {len(lens)}; give one entry a row in both"
+        )
+    if capacity < len(starts):
+        raise ArgumentError(f"capacity_rows is {capacity}, the batch has {len(starts)} rows; raise the capacity")
+    if lens and min(lens) < 0:
+        row = next(i for i, n in enumerate(lens) if n < 0)
+        raise ArgumentError(f"prefix_len[{row}] is {lens[row]}, expected 0 (no prompt) or more")
