@@ -91,7 +91,9 @@ class PrefixBatch:
         for layer, key in enumerate(keys):
             present = tuple(e is not None and layer in e.layers for e in extents)
             if (key.device, present) not in built:
-                pairs = [(e.start, e.length) if e and here else (0, 0) for e, here in zip(extents, present, strict=True)]
+                pairs = [
+                    (e.start, e.length) if e and here else (0, 0) for e, here in zip(extents, present, strict=True)
+                ]
                 built[key.device, present] = LayerRows.build([s for s, _ in pairs], [n for _, n in pairs], key.device)
             layer_rows.append(built[key.device, present])
         lengths = tuple(e.length if e else 0 for e in extents)
@@ -112,16 +114,16 @@ def assemble(
     where = [{layer: i for i, layer in enumerate(p.layers)} for p in prefixes]
     keys, values = [], []
     for layer, (key, value) in enumerate(empty):
-        parts = [(p.keys[w[layer]], p.values[w[layer]]) if layer in w else None for p, w in zip(prefixes, where, strict=True)]
+        parts = [
+            (p.keys[w[layer]], p.values[w[layer]]) if layer in w else None for p, w in zip(prefixes, where, strict=True)
+        ]
         keys.append(_lay_out(key, [part and part[0] for part in parts], prefixes))
         values.append(_lay_out(value, [part and part[1] for part in parts], prefixes))
     extents = [Extent(starts[i], prefixes[i].length, prefixes[i].layers) if i is not None else None for i in rows]
     return PrefixBatch.build(keys, values, extents)
 
 
-def _lay_out(
-    like: torch.Tensor, parts: Sequence[torch.Tensor | None], prefixes: Sequence[Prefix]
-) -> torch.Tensor:
+def _lay_out(like: torch.Tensor, parts: Sequence[torch.Tensor | None], prefixes: Sequence[Prefix]) -> torch.Tensor:
     heads, _, dim = like.shape
     blocks = [
         part.to(like) if part is not None else like.new_zeros(heads, prefix.length, dim)

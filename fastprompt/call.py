@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from fastprompt.batch import PrefixBatch
+from fastprompt.context import Call
 from fastprompt.embedding import EmbeddedRows
-from fastprompt.errors import ArgumentError
+from fastprompt.errors import ArgumentError, UnsupportedError
 from fastprompt.heads import classification_loss
 from fastprompt.integrations.transformers import inputs as call_inputs
 from fastprompt.integrations.transformers import padded_cache, positions
 from fastprompt.integrations.transformers.backbone import Backbone
-from fastprompt.context import Call
 
 
 @dataclass
@@ -24,7 +23,7 @@ class PreparedCall:
 
     inputs: dict[str, Any]
     call: Call
-    backbone: PreTrainedModel
+    backbone: Any
     layout: EmbeddedRows | None = None
     labels: torch.Tensor | None = None
 
@@ -47,9 +46,10 @@ class PreparedCall:
         inputs |= {"inputs_embeds": layout.embeds, "attention_mask": layout.mask}
         self.layout = layout if not decoder_labels else None
 
-    def add_prefixes(self, batch: PrefixBatch, info: Backbone, generating: bool) -> None:
+    def add_prefixes(self, batch: PrefixBatch, info: Backbone) -> None:
         """Give the rows their prefixes and move their text positions behind them."""
-        limit, own = info.max_positions, 0 if info.encoder_decoder else call_inputs.tokens(self.inputs).shape[1]
+        limit = info.max_positions
+        own = 0 if limit is None or info.encoder_decoder else int(call_inputs.text_mask(self.inputs).sum(1).max())
         if limit is not None and batch.longest + own > limit:
             raise ArgumentError(
                 f"a prompt of {batch.longest} virtual tokens and a text of {own} tokens need {batch.longest + own} "
@@ -58,7 +58,13 @@ class PreparedCall:
         if info.takes_position_ids:
             self.count_positions(batch)
         if info.path == "cache":
-            self.inputs = padded_cache.prepend(self.inputs, batch, call_inputs.text_mask(self.inputs))
+            mask = call_inputs.text_mask(self.inputs)
+            if info.counted_window is not None and not bool(mask[:, 0].all()):
+                raise UnsupportedError(
+                    f"{info.spec.model_type} counts the padding between a prompt and its text into its local window of "
+                    f"{info.counted_window}: pass texts of equal length, or right-padded ones to forward"
+                )
+            self.inputs = padded_cache.prepend(self.inputs, batch, mask)
         else:
             self.call.batch = batch
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class AttentionCall:
     """One call of the attention interface, as the probe saw it."""
 
-    module: torch.nn.Module
+    module: Any
     key: torch.Tensor
     value: torch.Tensor
     self_attention: bool

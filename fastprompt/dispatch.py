@@ -10,7 +10,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 from fastprompt import env
@@ -95,7 +95,9 @@ def explain() -> list[Row]:
     for op in OPS:
         for impl in IMPLS:
             reason = obstacle(op, impl)
-            rows.append(Row(op, impl, reason is None, reason or "plain PyTorch" if impl == "reference" else reason or ""))
+            rows.append(
+                Row(op, impl, reason is None, reason or "plain PyTorch" if impl == "reference" else reason or "")
+            )
     return rows
 
 
@@ -109,12 +111,12 @@ def _best(op: str, device_type: str) -> str:
     raise ImplementationError(f"{op} has no implementation that runs on {device_type}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(op: str, impl: str, reason: str) -> None:
     warnings.warn(f"fastprompt: {op} runs without its {impl} implementation: {reason}", RuntimeWarning, stacklevel=4)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(module: str) -> ModuleType:
     return importlib.import_module(module)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def head_module(model: nn.Module) -> str | None:
     return next((name for name in HEAD_MODULES if isinstance(getattr(model, name, None), nn.Module)), None)
 
 
-def fresh_head(model: nn.Module, num_labels: int | None) -> PromptHead | None:
+def fresh_head(model: Any, num_labels: int | None) -> PromptHead | None:
     """A trainable copy of the backbone's head, its last layer drawn anew when it gets another number of labels."""
     name = head_module(model)
     if name is None:
@@ -42,7 +43,7 @@ def fresh_head(model: nn.Module, num_labels: int | None) -> PromptHead | None:
     return PromptHead(name, tensors)
 
 
-def _split(head: PromptHead | None, module: str) -> dict[str, torch.Tensor] | None:
+def _split(head: PromptHead | None, module: str) -> Mapping[str, torch.Tensor] | None:
     """The head's parameters for one backbone module, None if it has none there."""
     if head is None:
         return None
@@ -96,7 +97,7 @@ class RowHeads:
         return torch.cat(padded)[order.argsort()]
 
     def _linear(
-        self, module: nn.Linear, parts: Sequence[dict[str, torch.Tensor] | None], inputs: torch.Tensor
+        self, module: nn.Linear, parts: Sequence[Mapping[str, torch.Tensor] | None], inputs: torch.Tensor
     ) -> torch.Tensor:
         own = {"weight": module.weight} | ({"bias": module.bias} if module.bias is not None else {})
         stacked = [_cast(part or own, inputs) for part in parts]
@@ -111,7 +112,7 @@ class RowHeads:
         return ops.grouped_linear(inputs, weight, torch.cat(biases), start, length, max_out=max(sizes))
 
 
-def _cast(tensors: dict[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
+def _cast(tensors: Mapping[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: t.to(like.device, like.dtype) for name, t in tensors.items()}
 
 

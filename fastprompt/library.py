@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -41,6 +42,7 @@ class PromptLibrary(nn.Module):
         self._bank_bytes = bank_bytes
         self._bank: PromptBank | None = None
         self._in_bank: dict[str, object] = {}
+        self._writing = threading.Lock()
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -132,12 +134,14 @@ class PromptLibrary(nn.Module):
         """The prompt's up-to-date extent in the bank, pinned."""
         prompt, bank = self[name], self.bank
         key = prompt.version_key()
-        if name not in bank or self._in_bank.get(name) != key:
-            write = bank.replace if name in bank else bank.put
-            write(name, self._current(prompt), prompt_digest(prompt))
-            self._in_bank[name] = key
-        with bank.pin([name]) as entries:
-            yield entries[0]
+        with ExitStack() as stack:
+            with self._writing:  # no other batch may evict it between the write and the pin
+                if name not in bank or self._in_bank.get(name) != key:
+                    write = bank.replace if name in bank else bank.put
+                    write(name, self._current(prompt), prompt_digest(prompt))
+                    self._in_bank[name] = key
+                entry = stack.enter_context(bank.pin([name]))[0]
+            yield entry
 
     @torch.no_grad()
     def _current(self, prompt: SoftPrompt) -> Prefix:

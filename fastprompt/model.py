@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from fastprompt import heads, peft_format, store
 from fastprompt.call import PreparedCall
+from fastprompt.context import Call, activate
 from fastprompt.errors import ArgumentError, UnsupportedError
 from fastprompt.integrations.transformers import inputs as call_inputs
 from fastprompt.integrations.transformers.backbone import inspect_backbone
-from fastprompt.context import Call, activate
 from fastprompt.integrations.transformers.source import BackboneSource
 from fastprompt.library import PromptLibrary
 from fastprompt.prompts import PromptConfig, SoftPrompt
@@ -43,11 +43,9 @@ class PromptedModel(nn.Module):
         bank_bytes: byte budget of the device arena that holds prefixes in use; None is unbounded.
     """
 
-    def __init__(
-        self, backbone: PreTrainedModel, tokenizer: Any = None, *, bank_bytes: int | None = None
-    ) -> None:
+    def __init__(self, backbone: PreTrainedModel, tokenizer: Any = None, *, bank_bytes: int | None = None) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.tokenizer = tokenizer
         self._info = inspect_backbone(backbone)
         self.library = PromptLibrary(self._info, bank_bytes)
@@ -87,7 +85,7 @@ class PromptedModel(nn.Module):
             prompt.head = heads.fresh_head(self.backbone, num_labels or (len(labels) if labels else None))
         else:
             raise ArgumentError(
-                f"config is {type(config).__name__}, expected a prompt config such as PrefixTuning(num_virtual_tokens=30)"
+                f"config is {type(config).__name__}, expected a prompt config: PrefixTuning(num_virtual_tokens=30), say"
             )
         return self._take(name, prompt)
 
@@ -190,15 +188,31 @@ class PromptedModel(nn.Module):
             return self.backbone.generate(**kwargs)
         if not self._info.encoder_decoder:
             kwargs = call_inputs.pad_left(kwargs)
-        with torch.no_grad(), self._prepared(rows, kwargs, generating=True) as call:
+        with torch.no_grad(), self._prepared(rows, kwargs) as call:
             return self.backbone.generate(**call.inputs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As the backbone's own, always non-reentrant: reentrant checkpointing loses the prompts' gradients."""
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
+            raise ArgumentError(
+                "gradient_checkpointing_kwargs has use_reentrant=True, expected False: a reentrant checkpoint cuts the "
+                "graph between the loss and the prompts"
+            )
+        if self._info.path == "cache":
+            raise UnsupportedError(
+                f"{self._info.spec.describe()} takes prefixes through its cache, which checkpointing switches off"
+            )
+        self.backbone.gradient_checkpointing_enable(options)
 
     def _rows(self, prompts: str | Rows | None, inputs: dict[str, Any]) -> list[str | None] | None:
         """A checked name or None for each row; None when no row has a prompt."""
         if prompts is None:
             return None
         count = call_inputs.batch_rows(inputs)
-        rows = [prompts] * count if isinstance(prompts, str) else list(prompts)
+        rows: list[str | None] = [prompts] * count if isinstance(prompts, str) else list(prompts)
+        if bad := [r for r in rows if not (r is None or isinstance(r, str))]:
+            raise ArgumentError(f"prompts has {bad[0]!r}, expected a prompt's name or None in each entry")
         if len(rows) != count:
             raise ArgumentError(f"prompts has {len(rows)} entries, the batch has {count} rows: give one name a row")
         for name in dict.fromkeys(rows):
@@ -207,7 +221,7 @@ class PromptedModel(nn.Module):
         return rows if any(name is not None for name in rows) else None
 
     @contextmanager
-    def _prepared(self, rows: list[str | None], inputs: dict[str, Any], generating: bool = False) -> Iterator[PreparedCall]:
+    def _prepared(self, rows: list[str | None], inputs: dict[str, Any]) -> Iterator[PreparedCall]:
         """Inputs for the backbone, with the rows' prefixes and heads active."""
         info = self._info
         embedded = [r if r and self.library[r].kind == "embedding" and not info.compiles else None for r in rows]
@@ -221,7 +235,7 @@ class PromptedModel(nn.Module):
             if any(prefixed):
                 if info.path == "none":
                     raise UnsupportedError(f"{info.spec.describe()} cannot take prefixes: {'; '.join(info.reasons)}")
-                prepared.add_prefixes(stack.enter_context(self.library.prefix_batch(prefixed)), info, generating)
+                prepared.add_prefixes(stack.enter_context(self.library.prefix_batch(prefixed)), info)
             elif info.takes_position_ids and not any(embedded):
                 prepared.count_positions(None)
             stack.enter_context(activate(call))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fastprompt.errors import ArgumentError
+
+_LENGTH_BITS = 32  # a row's sorting key is its start above its length
+_NO_PROMPT = 1 << 64
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,20 @@ class BatchPlan:
         rows = len(starts)
         capacity = rows if capacity_rows is None else capacity_rows
         _check(starts, lens, capacity)
-        keys = [(n == 0, s if n else 0, n) for s, n in zip(starts, lens, strict=True)]
+        keys = [s << _LENGTH_BITS | n if n else _NO_PROMPT for s, n in zip(starts, lens, strict=True)]
         order = sorted(range(rows), key=keys.__getitem__)
         offsets, group_start, group_len = [], [], []
-        previous = None
+        previous = -1
         for at, row in enumerate(order):
             if keys[row] != previous:
                 previous = keys[row]
                 offsets.append(at)
-                group_start.append(previous[1])
-                group_len.append(previous[2])
+                group_start.append(starts[row] if lens[row] else 0)
+                group_len.append(lens[row])
         offsets.append(rows)
         blank = [-1] * (capacity - len(group_start))
         packed = order + [-1] * (capacity - rows) + offsets + blank + group_start + blank + group_len + blank
-        return cls(torch.tensor(packed, dtype=torch.int32), capacity)
+        return cls(torch.frombuffer(array("i", packed), dtype=torch.int32), capacity)
 
     @property
     def order(self) -> torch.Tensor:

@@ -66,7 +66,9 @@ def prefix_attention(
     position_k = torch.cat([p.expand(rows, -1), j + shift], dim=1)[:, None, :]
     visible = torch.cat([in_prefix, real], dim=1)[:, None, :].expand(-1, queries, -1)
     if causal:
-        before = torch.cat([torch.ones_like(in_prefix)[:, None].expand(-1, queries, -1), j <= index_q[:, :, None]], dim=2)
+        before = torch.cat(
+            [torch.ones_like(in_prefix)[:, None].expand(-1, queries, -1), j <= index_q[:, :, None]], dim=2
+        )
         visible = visible & before
     if window is not None:
         distance = position_q - position_k

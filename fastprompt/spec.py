@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -72,7 +72,7 @@ class Prefix:
     def length(self) -> int:
         return self.keys[0].shape[1]
 
-    def map(self, function) -> Prefix:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Prefix:
         """The prefix with `function` applied to every key and value tensor."""
         return Prefix(self.layers, tuple(map(function, self.keys)), tuple(map(function, self.values)))
 
@@ -94,7 +94,9 @@ def unflatten(flat: torch.Tensor, spec: BackboneSpec, layers: Sequence[int]) -> 
             f"flat prefix has shape {list(flat.shape)}, expected [P, {flat_width(spec, layers)}] "
             f"for {len(layers)} layers of {spec.describe()}"
         )
-    keys, values, column = [], [], 0
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    column = 0
     for i in layers:
         shape = spec.layers[i]
         for dim, out in ((shape.key_dim, keys), (shape.value_dim, values)):

@@ -174,7 +174,7 @@ def _metadata(prompt: SoftPrompt, weights: bytes, record: dict[str, Any] | None)
         "layers": list(prompt.config.prefix_layers(prompt.spec)),
         "backbone": asdict(prompt.spec),
         "fingerprint": prompt.spec.fingerprint(),
-        "sha256": hashlib.sha256(weights).hexdigest(),
+        "sha256": _digest(weights),
         "head_module": None if prompt.head is None else prompt.head.module,
         "labels": None if prompt.labels is None else list(prompt.labels),
         "task_type": prompt.task_type,
@@ -191,15 +191,19 @@ def _read(path: str | os.PathLike[str], *, weights_too: bool = True) -> tuple[di
         weights = _bytes(folder / WEIGHTS) if weights_too else b""
         if raw is not None:
             metadata = _parse(raw, folder / METADATA)
-            if not weights_too or (weights and hashlib.sha256(weights).hexdigest() == metadata["sha256"]):
-                return metadata, weights or b""
+            if weights is not None and (not weights_too or _digest(weights) == metadata["sha256"]):
+                return metadata, weights
         looks.append((identity, raw, None if weights is None else len(weights)))
     if raw is None or weights is None:
         raise other_format(folder, METADATA if raw is None else WEIGHTS)
     raise PromptFileError(
-        f"{folder / WEIGHTS} ({len(weights)} bytes) does not match the digest in {METADATA}: it is truncated or altered; "
-        "save or copy the prompt again"
+        f"{folder / WEIGHTS} ({len(weights)} bytes) does not match the digest in {METADATA}: it is truncated or "
+        "altered; save or copy the prompt again"
     )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _bytes(path: Path) -> bytes | None:

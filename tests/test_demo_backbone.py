@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from random import Random
 
 import pytest
 import torch
 
 from fastprompt import demo
 from fastprompt.demo import corpus, pretrain
-from fastprompt.demo.tasks import exact_match
+from fastprompt.demo.tasks import TRAINING, exact_match
 
 CORPUS_DIGEST = "TBD"
 SIZE_LIMIT = 8 * 2**20
@@ -40,6 +41,40 @@ def test_assets_are_small_and_load_in_float32(backbone, tokenizer):
     assert backbone.get_output_embeddings().weight is backbone.get_input_embeddings().weight
     assert backbone.config.vocab_size == len(tokenizer)
     assert not backbone.training
+
+
+def rows(tokenizer, pairs):
+    """Ids `[B, S]` padded at the end, and labels that ask for the targets and the line's end."""
+    texts = [(tokenizer(x).input_ids, [*tokenizer(y).input_ids, tokenizer.eos_token_id]) for x, y in pairs]
+    ids = [torch.tensor(x + y) for x, y in texts]
+    labels = [torch.tensor([-100] * len(x) + y) for x, y in texts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(ids, True, tokenizer.pad_token_id), pad(labels, True, -100)
+
+
+def prompted_logits(backbone, virtual, ids):
+    """Logits `[B, S, vocabulary]` with the embeddings `virtual` `[P, E]` in front; the padding at the end is unseen."""
+    inputs = torch.cat([virtual.expand(len(ids), -1, -1), backbone.get_input_embeddings()(ids)], dim=1)
+    return backbone(inputs_embeds=inputs).logits[:, len(virtual) :]
+
+
+def trained_score(backbone, tokenizer, task, training):
+    """Exact match on `test` of a prompt trained on `train` by plain prompt tuning; the greedy answer is the argmax."""
+    rng, embeddings = Random(0), backbone.get_input_embeddings().weight
+    virtual = embeddings[rng.sample(range(3, len(embeddings)), training.virtual_tokens)].clone().detach()
+    optimizer = torch.optim.AdamW([virtual.requires_grad_()], lr=training.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, training.steps)
+    for _ in range(training.steps):
+        ids, labels = rows(tokenizer, rng.sample(task.train, training.batch))
+        logits = prompted_logits(backbone, virtual, ids)[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        (virtual.grad,) = torch.autograd.grad(loss, virtual)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        ids, labels = rows(tokenizer, task.test)
+        right = prompted_logits(backbone, virtual, ids)[:, :-1].argmax(-1) == labels[:, 1:]
+    return (right | (labels[:, 1:] == -100)).all(1).float().mean().item()
 
 
 @pytest.mark.parametrize("text", ["gola = bakton\nmira ->", "Ünïcode \t 漢字 12345\n\n", " a  b", ""])
@@ -105,10 +140,9 @@ def test_written_instructions_beat_the_bare_backbone(backbone, tokenizer):
 
 def test_a_trained_prompt_beats_the_written_instruction(backbone, tokenizer):
     (task,) = demo.tasks(["job"])
-    virtual = train_embedding_prompt(backbone, tokenizer, task, demo.TRAINING["prompt_tuning"])
-    right = sum(answer_with(backbone, tokenizer, virtual, x) == y for x, y in task.test)
     written = exact_match(backbone, tokenizer, [(task.written(x), y) for x, y in task.test])
-    assert right / len(task.test) >= written + 0.15
+    trained = trained_score(backbone, tokenizer, task, TRAINING["prompt_tuning"])
+    assert trained >= written + 0.15
 
 
 def test_pretraining_makes_the_same_loadable_folder_twice(tmp_path):

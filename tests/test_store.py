@@ -1,4 +1,4 @@
-"""Prompts on disk: byte-identical round trips, one-step replacement, and every refusal leaving things as they were."""
+"""Prompts on disk: byte-identical round trips, and every refusal leaving things as they were."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import hashlib
 import json
 import os
 import pickle
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastprompt import folders, store
-from fastprompt.errors import ArgumentError, DuplicatePromptError, IncompatiblePromptError, PromptFileError
+from fastprompt import store
+from fastprompt.errors import ArgumentError, IncompatiblePromptError, PromptFileError
 from fastprompt.prompts import Cartridge, PrefixTuning, PromptHead, PromptTuning, PTuning, PTuningV2, SoftPrompt
 from fastprompt.spec import BackboneSpec, LayerShape, flatten
 from fastprompt.store import inspect_prompt, load_prompt, prompt_digest, prompt_tensors, save_prompt
@@ -33,10 +32,6 @@ CONFIGS = [
 
 def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-def everything(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def make(seed: int = 0, length: int = 3) -> SoftPrompt:
@@ -120,173 +115,6 @@ def test_half_precision_prompts_are_stored_in_float32(tmp_path):
     assert torch.equal(load_prompt(tmp_path / "p")(), prompt().float())
 
 
-# replacement ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_existing_prompt_is_replaced_only_when_asked(tmp_path):
-    save_prompt(tmp_path / "p", make(0))
-    before = everything(tmp_path)
-    with pytest.raises(DuplicatePromptError, match="pass overwrite=True"):
-        save_prompt(tmp_path / "p", make(1))
-    assert everything(tmp_path) == before
-    save_prompt(tmp_path / "p", make(1), overwrite=True)
-    assert torch.equal(load_prompt(tmp_path / "p")(), make(1)())
-    assert [p.name for p in tmp_path.iterdir()] == ["p"]
-
-
-def test_a_folder_with_other_files_is_never_replaced(tmp_path):
-    (tmp_path / "p").mkdir()
-    (tmp_path / "p" / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises((PromptFileError, DuplicatePromptError)):
-            save_prompt(tmp_path / "p", make(), overwrite=overwrite)
-    assert everything(tmp_path) == {"p/thesis.tex": b"years of work"}
-    (tmp_path / "q").write_text("a file")
-    with pytest.raises(PromptFileError, match="is a file"):
-        save_prompt(tmp_path / "q", make(), overwrite=True)
-
-
-def test_an_empty_folder_is_taken(tmp_path):
-    (tmp_path / "p").mkdir()
-    save_prompt(tmp_path / "p", make())
-    assert torch.equal(load_prompt(tmp_path / "p")(), make()())
-
-
-def test_a_linked_folder_stays_a_link(tmp_path):
-    save_prompt(tmp_path / "real", make(0))
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    save_prompt(tmp_path / "link", make(1), overwrite=True)
-    assert (tmp_path / "link").is_symlink()
-    assert torch.equal(load_prompt(tmp_path / "real")(), make(1)())
-
-
-class Crash(BaseException):
-    """The process dies here: no handler of ours may run after it."""
-
-
-def crash_at(monkeypatch, step: int) -> list[str]:
-    """Kill the `step`-th call that changes the file system; returns the calls seen."""
-    seen: list[str] = []
-
-    def watch(owner, name):
-        real = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            if any(str(a).startswith("/proc") for a in args):
-                return real(*args, **kwargs)
-            if len(seen) == step:
-                raise Crash(name)
-            seen.append(name)
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, call)
-
-    for owner, name in [(folders.os, "rename"), (folders.os, "fsync"), (folders.shutil, "rmtree"), (Path, "mkdir")]:
-        watch(owner, name)
-    return seen
-
-
-def test_a_crash_at_any_step_leaves_the_old_or_the_new_version(tmp_path, monkeypatch):
-    old, new, third = make(0), make(1), make(2)
-    outcomes = []
-    for step in range(100):
-        root = tmp_path / str(step)
-        save_prompt(root / "p", old)
-        with monkeypatch.context() as patch:
-            seen = crash_at(patch, step)
-            try:
-                save_prompt(root / "p", new, overwrite=True)
-                finished = True
-            except Crash:
-                finished = False
-        found = load_prompt(root / "p", SPEC)
-        is_new = torch.equal(found(), new())
-        assert is_new or torch.equal(found(), old()), f"a mixture after {seen}"
-        assert inspect_prompt(root / "p")["sha256"] == hashlib.sha256(files_of(root / "p")).hexdigest()
-        outcomes.append(is_new)
-        save_prompt(root / "p", third, overwrite=True)  # the next write puts everything right
-        assert torch.equal(load_prompt(root / "p")(), third())
-        assert [p.name for p in root.iterdir()] == ["p"]
-        if finished:
-            break
-    assert finished and outcomes == sorted(outcomes) and not outcomes[0] and outcomes[-1]
-    assert len(outcomes) > 8  # mkdir, three syncs, two renames, a sync, a removal
-
-
-def files_of(path: Path) -> bytes:
-    return (folders.current_folder(path) / "prompt.safetensors").read_bytes()
-
-
-def test_a_crash_in_a_first_save_leaves_nothing_or_the_prompt(tmp_path, monkeypatch):
-    for step in range(100):
-        root = tmp_path / str(step)
-        with monkeypatch.context() as patch:
-            crash_at(patch, step)
-            try:
-                save_prompt(root / "p", make())
-                finished = True
-            except Crash:
-                finished = False
-        if (root / "p").exists():
-            assert torch.equal(load_prompt(root / "p")(), make()())
-        else:
-            with pytest.raises(PromptFileError, match="does not exist"):
-                load_prompt(root / "p")
-        if finished:
-            return
-    raise AssertionError("the save never finished")
-
-
-@pytest.mark.parametrize("failing", ["rename", "fsync"])
-def test_a_failing_disk_changes_nothing(tmp_path, monkeypatch, failing):
-    save_prompt(tmp_path / "p", make(0))
-    before = everything(tmp_path)
-    real, calls = getattr(os, failing), []
-
-    def fail(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folders.os, failing, fail)
-        with pytest.raises(PromptFileError, match=r"No space left.*nothing was changed"):
-            save_prompt(tmp_path / "p", make(1), overwrite=True)
-    assert len(calls) >= 2 and everything(tmp_path) == before
-
-
-def test_readers_and_writers_at_once_see_whole_versions(tmp_path):
-    versions = [make(seed) for seed in range(2)]
-    digests = {prompt_digest(v) for v in versions}
-    save_prompt(tmp_path / "p", versions[0])
-    stop, problems = threading.Event(), []
-
-    def write(start: int) -> None:
-        for i in range(25):
-            save_prompt(tmp_path / "p", versions[(i + start) % 2], overwrite=True)
-
-    def read() -> None:
-        while not stop.is_set():
-            try:
-                if prompt_digest(load_prompt(tmp_path / "p", SPEC)) not in digests:
-                    problems.append("a mixture")
-            except Exception as error:
-                problems.append(repr(error))
-
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    writers = [threading.Thread(target=write, args=(i,)) for i in range(2)]
-    for thread in (*readers, *writers):
-        thread.start()
-    for thread in writers:
-        thread.join()
-    stop.set()
-    for thread in readers:
-        thread.join()
-    assert not problems, problems[:3]
-    assert [p.name for p in tmp_path.iterdir()] == ["p"]
-
-
 # refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +135,7 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **fiel
 
 
 def test_missing_things_are_named(saved, tmp_path):
-    with pytest.raises(PromptFileError, match="nowhere does not exist: expected a folder with prompt.json"):
+    with pytest.raises(PromptFileError, match=r"nowhere does not exist: expected a folder with prompt\.json"):
         load_prompt(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(PromptFileError, match=r"has no readable prompt.json, only \[\]"):
@@ -327,7 +155,7 @@ def test_missing_things_are_named(saved, tmp_path):
 def test_truncated_weights_are_refused(saved, keep):
     weights = saved / "prompt.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(PromptFileError, match="does not match the digest.*truncated or altered"):
+    with pytest.raises(PromptFileError, match=r"does not match the digest.*truncated or altered"):
         load_prompt(saved)
     rewrite(saved)
     with pytest.raises(PromptFileError, match="not a whole safetensors file"):
@@ -352,7 +180,7 @@ def test_a_pickle_is_never_opened(tmp_path, name):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / name).write_bytes(pickle.dumps(Bomb()))
     for path in (tmp_path / "p", tmp_path / "p" / name):
-        with pytest.raises(PromptFileError, match="pickle.*only safetensors is read"):
+        with pytest.raises(PromptFileError, match=r"pickle.*only safetensors is read"):
             load_prompt(path)
     assert not (tmp_path / "exploded").exists()
 
@@ -442,7 +270,7 @@ def test_wrong_metadata_is_refused(saved, fields, message):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 1}', "\xff"])
 def test_metadata_that_is_no_metadata_is_refused(saved, text):
     (saved / "prompt.json").write_bytes(text.encode("latin1"))
-    with pytest.raises(PromptFileError, match="is not JSON|no format_version"):
+    with pytest.raises(PromptFileError, match=r"is not JSON|no format_version"):
         load_prompt(saved)
 
 
@@ -459,19 +287,6 @@ def test_a_prompt_of_another_backbone_is_refused_with_both_shapes(saved):
 def test_a_record_that_is_not_json_is_refused(tmp_path, record):
     with pytest.raises(ArgumentError, match="record cannot be written as JSON"):
         save_prompt(tmp_path / "p", make(), record=record)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "a\\b", ".hidden", "x" * 201, "nul\0"])
-def test_names_that_leave_their_folder_are_refused(name):
-    with pytest.raises(PromptFileError, match="cannot name a prompt folder"):
-        folders.check_name(name)
-    assert folders.check_name("tenant-7.v2") == "tenant-7.v2"
-
-
-def test_hidden_targets_are_refused(tmp_path):
-    with pytest.raises(PromptFileError, match="cannot name a prompt folder"):
-        save_prompt(tmp_path / ".p", make())
     assert not list(tmp_path.iterdir())
 
 

@@ -226,7 +226,14 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert": (
         "ModernBert",
         _ENCODER
-        | dict(global_attn_every_n_layers=2, local_attention=8, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2),
+        | dict(
+            global_attn_every_n_layers=2,
+            local_attention=8,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
     ),
     "distilbert": ("DistilBert", _DISTIL),
     "deberta": ("Deberta", _ENCODER),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastprompt._eager.groups import check_extents
 from fastprompt.errors import ArgumentError
 
 
@@ -123,7 +124,8 @@ def _taken(index: Tensor, virtual: Tensor, total: Tensor, out_len: int) -> Tenso
     if bool(bad.any()):
         row, i = bad.nonzero()[0].tolist()
         raise ArgumentError(
-            f"positions[{row}, {i}] is {int(index[row, i])}, expected 0..{int(total[row]) - 1}, a place in the row's sequence"
+            f"positions[{row}, {i}] is {int(index[row, i])}, expected 0..{int(total[row]) - 1}, "
+            "a place in the row's sequence"
         )
     taken = torch.zeros(index.shape[0], out_len + 1, dtype=torch.bool, device=index.device)
     taken.scatter_(1, torch.where(virtual, index, out_len), True)
@@ -135,11 +137,7 @@ def _taken(index: Tensor, virtual: Tensor, total: Tensor, out_len: int) -> Tenso
 
 
 def _check(starts: list[int], lens: list[int], totals: list[int], tokens: int, out_len: int) -> None:
-    for row, (s, n, total) in enumerate(zip(starts, lens, totals, strict=True)):
-        if n < 0 or (n and (s < 0 or s + n > tokens)):
-            raise ArgumentError(
-                f"row {row} reads prompt tokens {s}..{s + n - 1}, the arena holds 0..{tokens - 1}; "
-                "check prompt_start and prompt_len"
-            )
+    check_extents(list(range(len(starts))), starts, lens, tokens, "prompt_start and prompt_len")
+    for row, total in enumerate(totals):
         if total > out_len:
             raise ArgumentError(f"row {row} has {total} tokens, out_len is {out_len}; raise out_len")

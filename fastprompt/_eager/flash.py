@@ -6,6 +6,8 @@ given the joint output and lse, returns the gradients of the keys it is shown.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -165,7 +167,7 @@ def _take(x: Tensor, rows: list[int]) -> Tensor:
 
 def _span(rows: list[int]) -> slice | None:
     """The rows as a slice where they follow each other."""
-    consecutive = rows[-1] - rows[0] + 1 == len(rows) and all(b - a == 1 for a, b in zip(rows, rows[1:], strict=False))
+    consecutive = rows[-1] - rows[0] + 1 == len(rows) and all(b - a == 1 for a, b in pairwise(rows))
     return slice(rows[0], rows[-1] + 1) if consecutive else None
 
 

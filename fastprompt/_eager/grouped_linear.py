@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastprompt._eager.groups import Groups
+from fastprompt._eager.groups import Groups, check_extents
 from fastprompt.errors import ArgumentError
 
 _INF = float("inf")
@@ -58,4 +58,6 @@ def _layers(weight: Tensor, start: Tensor, length: Tensor, max_out: int) -> Iter
     if max(lens, default=0) > max_out:
         row = lens.index(max(lens))
         raise ArgumentError(f"length[{row}] is {lens[row]}, max_out is {max_out}; raise max_out")
-    yield from (g for g in Groups.build(None, start.tolist(), lens, weight.shape[0]) if g[2])
+    starts = start.tolist()
+    check_extents(list(range(len(lens))), starts, lens, weight.shape[0], "start and length")
+    yield from (g for g in Groups.build(None, starts, lens, weight.shape[0]) if g[2])

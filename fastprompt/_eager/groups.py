@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,29 +29,22 @@ class Groups:
     @classmethod
     def build(cls, plan: Tensor | None, starts: list[int], lens: list[int], tokens: int) -> Groups:
         """Groups of a packed plan (made here when None) with the extents of this call's arena of `tokens` tokens."""
-        for row, (s, n) in enumerate(zip(starts, lens, strict=True)):
-            if n < 0 or (n and (s < 0 or s + n > tokens)):
-                raise ArgumentError(
-                    f"row {row} reads prefix tokens {s}..{s + n - 1}, the arena holds 0..{tokens - 1}; "
-                    "check prefix_start and prefix_len"
-                )
+        starts = [s if n else 0 for s, n in zip(starts, lens, strict=True)]
         order, offsets = unpack(BatchPlan.build(starts, lens).packed if plan is None else plan)
         if len(order) != len(starts):
             raise ArgumentError(f"plan holds {len(order)} rows, the batch has {len(starts)}; build a plan for it")
         heads = [order[at] for at in offsets[:-1]]
-        groups = cls(
-            order,
-            [b - a for a, b in zip(offsets, offsets[1:], strict=False)],
-            [starts[row] for row in heads],
-            [lens[row] for row in heads],
-        )
+        counts = [b - a for a, b in pairwise(offsets)]
+        groups = cls(order, counts, [starts[row] for row in heads], [lens[row] for row in heads])
+        check_extents(heads, groups.starts, groups.lens, tokens, "prefix_start and prefix_len")
         groups._verify(starts, lens)
-        return groups._in_row_order() if len(order) == len(heads) and groups.step is None else groups
+        return groups._in_row_order() if groups.single and groups.step is None else groups
 
     def _verify(self, starts: list[int], lens: list[int]) -> None:
-        for rows, start, length in self:
+        """Every row of a group has the group's extent."""
+        for rows, s, n in self:
             for row in rows:
-                if lens[row] != length or (length and starts[row] != start):
+                if lens[row] != n or starts[row] != s:
                     raise ArgumentError(
                         f"plan puts row {row} with row {rows[0]}, but prefix_start and prefix_len give them different "
                         "prompts; build the plan from this batch"
@@ -69,28 +64,34 @@ class Groups:
             yield self.order[at : at + count], start, length
             at += count
 
-    @property
+    @cached_property
     def width(self) -> int:
         """The longest extent."""
         return max(self.lens, default=0)
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
         """Whether extents differ in length."""
         return min(self.lens, default=0) != self.width
 
-    @property
+    @cached_property
     def step(self) -> int | None:
         """The distance of the extents where all groups look alike and follow at one distance: one strided view then."""
         if len(self.counts) < 2 or self.width == 0 or self.ragged or min(self.counts) != max(self.counts):
             return None
         step = self.starts[1] - self.starts[0]
-        even = all(b - a == step for a, b in zip(self.starts, self.starts[1:], strict=False))
+        even = all(b - a == step for a, b in pairwise(self.starts))
         return step if even and step > 0 else None
 
-    @property
+    @cached_property
+    def single(self) -> bool:
+        """Whether every group is one row."""
+        return len(self.counts) == len(self.order)
+
+    @cached_property
     def in_order(self) -> bool:
-        return all(row == at for at, row in enumerate(self.order))
+        """Whether group order is row order."""
+        return self.order == list(range(len(self.order)))
 
     def sort(self, x: Tensor) -> Tensor:
         """Rows of `x` in group order."""
@@ -115,19 +116,30 @@ class Groups:
 
     def chunks(self, x: Tensor) -> list[Tensor]:
         """Per group the folded rows `[Hkv, R*M, d]` of `x`."""
+        if self.single:
+            return list(self.sort(x).unbind())
         parts = self.sort(x).split_with_sizes(self.counts)
         return [p[0] if n == 1 else fold(p) for p, n in zip(parts, self.counts, strict=True)]
 
     def join(self, chunks: list[Tensor | None], like: Tensor, width: int, fill: float) -> Tensor:
         """`[B, Hkv, M, width]` from each group's `[Hkv, R*M, <= width]`; `fill` where a group has nothing."""
         rows, heads, m = like.shape[:3]
-        if all(c is not None and c.shape[2] == width for c in chunks) and max(self.counts, default=2) == 1:
+        if self.single and chunks and not self.ragged and width:
             return self.unsort(torch.stack(chunks))  # type: ignore[arg-type]
         out = like.new_full((rows, heads, m, width), fill)
         for part, chunk in zip(out.split_with_sizes(self.counts), chunks, strict=True):
             if chunk is not None:
                 part[..., : chunk.shape[2]] = unfold(chunk, part.shape[0])
         return self.unsort(out)
+
+
+def check_extents(rows: list[int], starts: list[int], lens: list[int], size: int, names: str) -> None:
+    """Each extent lies inside `0 .. size - 1`; an empty one lies anywhere. `names` are the arguments they came in."""
+    for row, s, n in zip(rows, starts, lens, strict=True):
+        if n < 0 or (n and (s < 0 or s + n > size)):
+            raise ArgumentError(
+                f"row {row} has start {s} and length {n}, expected an extent inside 0..{size}; check {names}"
+            )
 
 
 def fold(x: Tensor) -> Tensor:
@@ -143,25 +155,21 @@ def unfold(x: Tensor, rows: int) -> Tensor:
 def scores(x: Tensor, arena: Tensor, groups: Groups, fill: float) -> Tensor:
     """Products of each row with its extent: `x [B, Hkv, M, d]` -> `[B, Hkv, M, P]`, `fill` beyond the extent."""
     if groups.step is not None:
-        keys = groups.evenly(arena)
-        return _evenly(x, groups, [k.to(x.dtype) for k in keys])
-    chunks = groups.chunks(x)
-    products = [
-        torch.bmm(c, arena.narrow(1, s, n).mT.to(c.dtype)) if n else None
-        for c, s, n in zip(chunks, groups.starts, groups.lens, strict=True)
-    ]
+        return _evenly(x, groups, [k.to(x.dtype) for k in groups.evenly(arena)])
+    keys = _views(arena.mT, 2, groups, x.dtype)
+    products = [None if k is None else torch.bmm(c, k) for c, k in zip(groups.chunks(x), keys, strict=True)]
     return groups.join(products, x, groups.width, fill)
 
 
 def mix(weights: Tensor, arena: Tensor, groups: Groups) -> Tensor:
     """Weighted sums over each row's extent: `weights [B, Hkv, M, P]` -> `[B, Hkv, M, d]`."""
     if groups.step is not None:
-        values = groups.evenly(arena)
-        return _evenly(weights, groups, [v.mT.to(weights.dtype) for v in values])
-    products = [
-        torch.bmm(c[..., :n], arena.narrow(1, s, n).to(c.dtype)) if n else None
-        for c, s, n in zip(groups.chunks(weights), groups.starts, groups.lens, strict=True)
-    ]
+        return _evenly(weights, groups, [v.mT.to(weights.dtype) for v in groups.evenly(arena)])
+    chunks = groups.chunks(weights)
+    if groups.ragged:
+        chunks = [c[..., :n] for c, n in zip(chunks, groups.lens, strict=True)]
+    values = _views(arena, 1, groups, weights.dtype)
+    products = [None if v is None else torch.bmm(c, v) for c, v in zip(chunks, values, strict=True)]
     return groups.join(products, weights, arena.shape[2], 0.0)
 
 
@@ -173,6 +181,13 @@ def outer(weights: Tensor, x: Tensor, tokens: int, groups: Groups) -> Tensor:
         if n:
             total[:, s : s + n] += torch.bmm(w[..., :n].mT, c)
     return total
+
+
+def _views(arena: Tensor, dim: int, groups: Groups, dtype: torch.dtype) -> Iterator[Tensor | None]:
+    """Each group's extent in an arena whose tokens are `dim`, widened one at a time where `dtype` asks for it."""
+    for s, n in zip(groups.starts, groups.lens, strict=True):
+        view = arena.narrow(dim, s, n) if n else None
+        yield view if view is None or view.dtype == dtype else view.to(dtype)
 
 
 def _evenly(x: Tensor, groups: Groups, matrices: list[Tensor]) -> Tensor:

@@ -118,10 +118,8 @@ def _logits(pb: Problem) -> Logits:
 
 
 def _lse(logits: Tensor, sinks: Tensor | None) -> Tensor:
-    if logits.shape[-1] == 0:
-        lse = logits.new_full(logits.shape[:3], -INF)
-    else:
-        lse = logits.logsumexp(-1)
+    empty = logits.shape[-1] == 0
+    lse = logits.new_full(logits.shape[:3], -INF) if empty else logits.logsumexp(-1)
     return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -55,14 +57,14 @@ def forward(
 def _by_queries(bounds: list[int]) -> dict[int, list[int]]:
     """Rows by how many queries they have; rows without any are left out."""
     rows: dict[int, list[int]] = {}
-    for row, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for row, (a, b) in enumerate(pairwise(bounds)):
         if b > a:
             rows.setdefault(b - a, []).append(row)
     return rows
 
 
 def _check(bounds: list[int], lens: list[int], block_table: Tensor, k_cache: Tensor, tokens: int) -> None:
-    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in pairwise(bounds)):
         raise ArgumentError(f"q_start is {bounds}, expected offsets rising from 0 to the {tokens} queries")
     room = block_table.shape[1] * k_cache.shape[1]
     for row, length in enumerate(lens):
@@ -72,6 +74,7 @@ def _check(bounds: list[int], lens: list[int], block_table: Tensor, k_cache: Ten
                 f"and at most the {room} tokens of its block table"
             )
     size, blocks = k_cache.shape[1], k_cache.shape[0]
-    used = torch.arange(block_table.shape[1], device=kv_len.device) * size < kv_len[:, None]
+    ends = torch.tensor(lens, device=block_table.device)[:, None]
+    used = torch.arange(block_table.shape[1], device=block_table.device) * size < ends
     if bool((used & ((block_table < 0) | (block_table >= blocks))).any()):
         raise ArgumentError(f"block_table names a block outside 0..{blocks - 1} within some row's kv_len")

@@ -103,5 +103,3 @@ def _place(pb: Problem, i: int, grad: Tensor | None, x: Tensor) -> Tensor:
     axis = 3 if i == 6 else 2
     target.zero_().narrow(axis, pb.first, grad.shape[axis]).copy_(grad)
     return target
-
-

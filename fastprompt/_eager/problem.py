@@ -51,9 +51,7 @@ class Problem:
     def causal_square(self) -> bool:
         """Whether each query sees exactly the own keys up to its own index, starting with the first."""
         inside = self.window is None or self.window >= self.q.shape[2]
-        return (
-            self.causal and inside and not self.padded and self.q.shape[2] == self.k.shape[2] and not any(self.query)
-        )
+        return self.causal and inside and not self.padded and self.q.shape[2] == self.k.shape[2] and not any(self.query)
 
     @cached_property
     def own_mask(self) -> Tensor | None:
@@ -94,9 +92,9 @@ class Problem:
             for row in rows:
                 lens[row] = length
         table = torch.tensor([lens, self.shift, self.query], device=device)[:, :, None, None, None]
-        length, shift, query = table.unbind()
+        ends, shift, query = table.unbind()
         p = torch.arange(groups.width, device=device)
-        mask = (p < length).expand(-1, -1, self.q.shape[2], -1)
+        mask = (p < ends).expand(-1, -1, self.q.shape[2], -1)
         if self.window is not None:
             distance = shift + query + torch.arange(self.q.shape[2], device=device)[:, None] - p
             mask = mask & ((distance if self.causal else distance.abs()) < self.window)
@@ -127,7 +125,9 @@ class Problem:
         early, late = min(self.query), max(self.query) + queries - 1
         if self.causal and early < size - 1:
             return True
-        return self.window is not None and (late >= self.window or (not self.causal and size - 1 - early >= self.window))
+        return self.window is not None and (
+            late >= self.window or (not self.causal and size - 1 - early >= self.window)
+        )
 
 
 def build(

@@ -58,7 +58,6 @@ TONES = {
     "good": "great lovely superb pleasant delightful wonderful perfect charming excellent fine splendid sweet",
     "bad": "awful poor dreadful nasty horrible terrible dull ugly miserable boring disgusting weak",
 }
-DAYS = "monday tuesday wednesday thursday friday saturday sunday"
 
 
 def number(n: int) -> str:
@@ -68,6 +67,12 @@ def number(n: int) -> str:
     if n < 20:
         return UNITS.split()[n]
     return TENS.split()[n // 10 - 2] + (f" {number(n % 10)}" if n % 10 else "")
+
+
+def roman(n: int) -> str:
+    """Roman numeral in small letters of 1 <= n <= 399."""
+    signs = ((100, "c"), (90, "xc"), (50, "l"), (40, "xl"), (10, "x"), (9, "ix"), (5, "v"), (4, "iv"), (1, "i"))
+    return next((sign + (roman(n - value) if n > value else "") for value, sign in signs if n >= value), "")
 
 
 def plural(word: str) -> str:
@@ -152,8 +157,8 @@ def _number_skills() -> dict[str, dict[str, str]]:
     pairs = {f"{a} and {b}": (a, b) for a in range(13) for b in range(13) if a != b}
     return {
         "words": {s: number(n) for s, n in numbers.items()},
-        "next": {s: number(n + 1) for s, n in numbers.items()},
-        "previous": {s: number(n - 1) for s, n in numbers.items()},
+        "next": {s: str(n + 1) for s, n in numbers.items()},
+        "roman": {s: " ".join(roman(n)) for s, n in numbers.items()},
         "parity": {s: ("even", "odd")[n % 2] for s, n in numbers.items()},
         "sum": {s: number(a + b) for s, (a, b) in pairs.items()},
         "larger": {s: number(max(p)) for s, p in pairs.items()},
@@ -162,15 +167,15 @@ def _number_skills() -> dict[str, dict[str, str]]:
 
 
 def reviews(rng: Random, count: int, places: Sequence[str]) -> dict[str, dict[str, str]]:
-    """`count` distinct made-up reviews with their tone, topic, place and day: relation -> sentence -> answer."""
-    relations: dict[str, dict[str, str]] = {"tone": {}, "topic": {}, "place": {}, "day": {}}
+    """`count` distinct made-up reviews with their tone, topic and place: relation -> sentence -> answer."""
+    relations: dict[str, dict[str, str]] = {"tone": {}, "topic": {}, "place": {}}
     while len(relations["tone"]) < count:
         topic, tone = rng.choice(list(TOPICS)), rng.choice(list(TONES))
-        place, day = rng.choice(places), rng.choice(DAYS.split())
+        place = rng.choice(places)
         first, second = rng.sample(TONES[tone].split(), 2)
         noun = rng.choice(TOPICS[topic].split())
-        sentence = f"the {noun} in {place} on {day} was {first} and {second}"
-        for relation, answer in zip(relations, (tone, topic, place, day), strict=True):
+        sentence = f"the {noun} in {place} was {first} and {second}"
+        for relation, answer in zip(relations, (tone, topic, place), strict=True):
             relations[relation][sentence] = answer
     return relations
 
@@ -194,7 +199,7 @@ FRAMES = {
     "uppercase": ("{x} in capitals is", "shouted , {x} is", "the sign for {x} says"),
     "words": ("{x} in words is", "we read {x} as", "{x} is pronounced"),
     "next": ("after {x} comes", "one more than {x} is", "the number following {x} is"),
-    "previous": ("before {x} comes", "one less than {x} is", "the number preceding {x} is"),
+    "roman": ("the romans wrote {x} as", "on an old clock {x} is", "{x} in stone reads"),
     "parity": ("the number {x} is", "we call {x}", "halving {x} shows it is"),
     "sum": ("{x} make", "the sum of {x} is", "adding {x} gives"),
     "larger": ("of {x} the larger is", "the most of {x} is", "between {x} the winner is"),
@@ -202,7 +207,6 @@ FRAMES = {
     "tone": ("{x} , which is", "{x} so the review is", "{x} and that sounds"),
     "topic": ("{x} , a note about", "{x} so we talk about", "{x} and that concerns"),
     "place": ("{x} , it happened in", "{x} and that was in", "{x} as seen in"),
-    "day": ("{x} , it happened on", "{x} and that was on", "{x} as told on"),
 }
 
 
@@ -213,7 +217,7 @@ def _skills() -> dict[str, Skill]:
     notes = reviews(Random(WORLD_SEED + 1), 20_000, list(world["city"]["country"]))
     families = world | {"word": words, "number": numbers, "pair": pairs, "review": notes}
     return {
-        name: Skill(name, family, answers, FRAMES[name])
+        name: Skill(name, family, answers, (*FRAMES[name], f"the {name.replace('_', ' ')} of {{x}} ="))
         for family, relations in families.items()
         for name, answers in relations.items()
     }

@@ -34,7 +34,7 @@ class Recipe:
     """Every number that decides what comes out."""
 
     seed: int = 0
-    steps: int = 4500
+    steps: int = 2400
     batch: int = 32
     length: int = 96
     learning_rate: float = 3e-3

@@ -50,7 +50,7 @@ _TASKS = (
     ("job", "what a person works as", 0),
     ("plural", "the plural of a noun", 0),
     ("reverse", "a word backwards, letter by letter", 0),
-    ("next", "the number after, in words", 0),
+    ("words", "a number in words", 0),
     ("tone", "whether a review is good or bad", 0),
     ("topic", "what a review is about", 0),
 )
@@ -69,8 +69,7 @@ def _task(name: str, description: str, best: int) -> Task:
     pairs = [(x + ASK, f" {answer}") for x, answer in _subjects(skill).items()]
     Random(f"{TASK_SEED}/{name}").shuffle(pairs)
     cut = len(pairs) * 6 // 10
-    phrasings = (*skill.frames, f"{description} , {{x}}{ASK}")
-    return Task(name, description, phrasings[best], phrasings, tuple(pairs[:cut]), tuple(pairs[cut:]))
+    return Task(name, description, skill.frames[best], skill.frames, tuple(pairs[:cut]), tuple(pairs[cut:]))
 
 
 def tasks(names: Sequence[str] = ()) -> tuple[Task, ...]:

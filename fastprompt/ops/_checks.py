@@ -16,8 +16,12 @@ _INDICES = (torch.int32, torch.int64)
 
 def shape(name: str, x: Tensor, want: Sequence[int | None], layout: str) -> None:
     """`x` has the dimensions of `want`; None takes any size. `layout` is how the documentation writes the shape."""
-    if len(x.shape) == len(want) and all(w is None or w == n for n, w in zip(x.shape, want, strict=True)):
-        return
+    if x.dim() == len(want):
+        for n, w in zip(x.shape, want, strict=True):
+            if w is not None and w != n:
+                break
+        else:
+            return
     sizes = ", ".join("any" if w is None else str(w) for w in want)
     raise ArgumentError(f"{name} has shape {list(x.shape)}, expected {layout} = [{sizes}]")
 
@@ -90,7 +94,8 @@ def bias(name: str, x: Tensor | None, q: Tensor, columns: int | None, layout: st
     if not fits or (columns is not None and x.shape[3] != columns):
         size = "any" if columns is None else columns
         raise ArgumentError(
-            f"{name} has shape {list(x.shape)}, expected {layout} with B, Hq, N = {list(q.shape[:3])} and {size} columns"
+            f"{name} has shape {list(x.shape)}, expected {layout} with B, Hq, N = {list(q.shape[:3])} "
+            f"and {size} columns"
         )
 
 

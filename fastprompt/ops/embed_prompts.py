@@ -37,9 +37,9 @@ def embed_prompts(
         row     = virtual token i at index positions[b, i], the text in the places left, in order
         out[b]  = row padded with zeros on padding_side to out_len
 
-    Shapes: `input_ids [B, N]` int64, `weight [V, E]`, an arena of prompts `prompts [T, E]`; int32 or int64 `prompt_start`,
-    `prompt_len`, `text_start` (default 0) and `text_len` (an end index, default N), all `[B]`; `positions [B, P]` with P >= the
-    longest prompt, distinct indices below prompt_len + text length (default: the prompt first). `scale` multiplies text
+    Shapes: `input_ids [B, N]` int64, `weight [V, E]`, an arena of prompts `prompts [T, E]`; int32 or int64 `[B]` for
+    `prompt_start`, `prompt_len`, `text_start` (default 0) and `text_len` (an end index, default N); `positions [B, P]`
+    with P >= the longest prompt, distinct indices below prompt_len + text length (default: the prompt first). `scale` multiplies text
     embeddings only. `out_len` defaults to N + the longest prompt, which is read from the tensor: give it where that
     would cost a synchronisation or break a graph.
     Returns `[B, out_len, E]` in the dtype of `weight`. Gradients of `weight` and `prompts`.
@@ -90,7 +90,9 @@ def _run_backward(*args: Any) -> tuple[Tensor, Tensor]:
     return dispatch.kernels("embed_prompts", args[-1]).backward(*args[:-1])
 
 
-def _fake_backward(dout: Tensor, input_ids: Tensor, weight: Tensor, prompts: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(
+    dout: Tensor, input_ids: Tensor, weight: Tensor, prompts: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
     wanted = args[-2]
     return (
         torch.empty_like(weight) if wanted[0] else dout.new_empty(0),

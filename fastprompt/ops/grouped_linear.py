@@ -31,8 +31,8 @@ def grouped_linear(
         out[b, ..., :length] = x[b] @ w.T + c
         out[b, ..., length:] = -inf            # logits that cannot win; give their columns no loss
 
-    Shapes: `x [B, ..., E]`, `weight [R, E]`, `bias [R]` or None, int32 or int64 `start`, `length` `[B]`. `max_out` defaults to
-    the longest length, which is read from the tensor. Returns `[B, ..., max_out]` in the dtype of x.
+    Shapes: `x [B, ..., E]`, `weight [R, E]`, `bias [R]` or None, int32 or int64 `start`, `length` `[B]`. `max_out`
+    defaults to the longest length, which is read from the tensor. Returns `[B, ..., max_out]` in the dtype of x.
     Gradients of x, weight and bias, those of weight and bias summed over the rows that use them.
     Raises `ArgumentError` for what does not fit and `ImplementationError` for an `impl` that cannot run.
     Source: per-task heads as in P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602), section 3.2.
@@ -56,7 +56,9 @@ def _run(*args: Any) -> Tensor:
     return dispatch.kernels("grouped_linear", args[-1]).forward(*args[:-1])
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor, length: Tensor, max_out: int, impl: str) -> Tensor:
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor, length: Tensor, max_out: int, impl: str
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], max_out)
 
 

@@ -25,8 +25,8 @@ def merge_states(
 
     A part whose lse is -inf saw nothing and adds nothing, whatever its `out` holds; two such parts give 0 and -inf.
 
-    Shapes: `out_a`, `out_b [B, N, Hq, Dv]` of one dtype; natural-log `lse_a`, `lse_b [B, Hq, N]` in float32 (float64 for
-    float64 outs). Returns `out [B, N, Hq, Dv]` and `lse [B, Hq, N]`, contiguous. Gradients of all four.
+    Shapes: `out_a`, `out_b [B, N, Hq, Dv]` of one dtype; natural-log `lse_a`, `lse_b [B, Hq, N]` in float32
+    (float64 for float64 outs). Returns `out [B, N, Hq, Dv]` and `lse [B, Hq, N]`, contiguous. Gradients of all four.
     Raises `ArgumentError` for what does not fit and `ImplementationError` for an `impl` that cannot run.
     Source: Milakov and Gimelshein 2018 (arXiv 1805.02867); FlashAttention, Dao et al. 2022, section 3.1.
     """

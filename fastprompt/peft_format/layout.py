@@ -2,7 +2,8 @@
 
 A prefix is `[P, 2L, H, D]`, the key of layer l in slot 2l and its value in slot 2l + 1. For an encoder-decoder PEFT
 repeats the slots once and deals them out four a layer, of which the decoder's self-attention takes the first two:
-layer l reads slots 4l and 4l + 1, modulo 2L.
+layer l reads slots 4l and 4l + 1, modulo 2L. With L even, layers l and l + L/2 so read the same slots; with L odd all
+differ, and PEFT ignores layers beyond the decoder's, so an even L is written as L + 1.
 """
 
 from __future__ import annotations

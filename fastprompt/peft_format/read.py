@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastprompt.errors import ArgumentError, IncompatiblePromptError, PromptFileError, UnsupportedError
+from fastprompt.folders import current_folder
 from fastprompt.peft_format.layout import CONFIG, HEADS, SEQ2SEQ, SUPPORTED, WEIGHTS, module_of, slot_pair
 from fastprompt.prompts import Cartridge, PrefixTuning, PromptConfig, PromptHead, PromptTuning, PTuning, SoftPrompt
 from fastprompt.spec import BackboneSpec, LayerShape
@@ -45,21 +46,23 @@ class _Adapter:
 
 def is_peft_folder(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a folder with a PEFT adapter's config."""
-    return (Path(path) / CONFIG).is_file()
+    return (current_folder(path) / CONFIG).is_file()
 
 
 def read_peft(path: str | os.PathLike[str], spec: BackboneSpec, *, task_id: int | None = None) -> SoftPrompt:
     """Read a PEFT prompt adapter for the backbone `spec`: trainable, float32, on the CPU.
 
     Semantics: the prompt acts as it does in PEFT, so an encoder-decoder's prefix holds what each decoder layer really
-    reads and its embedding prompt the first P of 2P rows. A multitask prompt is `shared * (cols[task] @ rows[task])`.
+    reads and its embedding prompt the first P of 2P rows (for a multitask prompt that is PEFT's `generate`; its
+    `forward` also puts the others before the decoder's text). A multitask prompt is
+    `shared * (cols[task] @ rows[task])`.
 
     Args:
         task_id: which task of a MULTITASK_PROMPT_TUNING adapter; needed when it has several.
     Errors: PromptFileError for missing, altered or pickled files; IncompatiblePromptError where the shapes do not fit
     `spec`; UnsupportedError for an adapter that is not one of `SUPPORTED`.
     """
-    folder = Path(path)
+    folder = current_folder(path)
     config = _adapter_config(folder)
     try:
         content = (folder / WEIGHTS).read_bytes()

@@ -42,8 +42,8 @@ def write_peft(
     Args:
         task_type: PEFT's name ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", ...); None takes the prompt's own, and failing
             that the language model's.
-    Errors: UnsupportedError for a prompt PEFT cannot hold (chosen layers, layers of different shape, an
-    encoder-decoder prefix whose layers l and l + L/2 differ); as `save_prompt` for the folder. Nothing is written then.
+    Errors: UnsupportedError for a prompt PEFT cannot hold (chosen layers, layers of different shape); as `save_prompt`
+    for the folder. Nothing is written then.
     """
     task = task_type or prompt.task_type or (SEQ2SEQ if prompt.spec.encoder_decoder else "CAUSAL_LM")
     _check_task(task, prompt)
@@ -79,21 +79,23 @@ def _slots(prompt: SoftPrompt, submodules: int) -> torch.Tensor:
             f"PEFT's prefixes have one shape for all keys and values, {spec.describe()} has several: save it in "
             "fastprompt's format"
         )
-    if spec.encoder_decoder and submodules != 2:
-        raise UnsupportedError("PEFT applies an encoder-decoder's prefix rightly under task_type SEQ_2_SEQ_LM only")
-    if submodules == 1:
+    if not spec.encoder_decoder:
         return prompt.weights()
-    layers = spec.num_layers
-    pairs = prompt.weights().unflatten(1, (layers, -1))
-    slots = torch.zeros_like(pairs)
-    for i in range(layers):
-        slots[:, slot_pair(i, layers)] = pairs[:, i]
-    if not torch.equal(slots[:, [slot_pair(i, layers) for i in range(layers)]], pairs):
+    if submodules != 2:
         raise UnsupportedError(
-            f"PEFT gives decoder layers l and l + {layers // 2} of an encoder-decoder with {layers} layers the same "
-            "keys and values, and this prompt's differ: save it in fastprompt's format"
+            f"task_type is not {SEQ2SEQ}, under which alone PEFT keeps an encoder-decoder's prefix out of "
+            "cross-attention: save it in fastprompt's format"
         )
+    pairs = prompt.weights().unflatten(1, (spec.num_layers, -1))
+    count = _written_layers(spec)
+    slots = pairs.new_zeros(pairs.shape[0], count, pairs.shape[2])
+    slots[:, [slot_pair(i, count) for i in range(spec.num_layers)]] = pairs
     return slots.flatten(1)
+
+
+def _written_layers(spec: BackboneSpec) -> int:
+    """PEFT's `num_layers`: odd for an encoder-decoder, so that no two decoder layers read the same slots."""
+    return spec.num_layers | 1 if spec.encoder_decoder else spec.num_layers
 
 
 def _head_tensors(head: PromptHead | None) -> tuple[list[str] | None, dict[str, torch.Tensor]]:
@@ -131,7 +133,7 @@ def _written_config(prompt: SoftPrompt) -> dict[str, Any]:
         "revision": None,
         "inference_mode": True,
         "num_virtual_tokens": prompt.length,
-        "num_layers": spec.num_layers,
+        "num_layers": _written_layers(spec),
         "num_attention_heads": shape.kv_heads,
         "token_dim": shape.kv_heads * shape.key_dim if prompt.kind == "prefix" else spec.hidden_size,
     }
@@ -149,7 +151,7 @@ def _method_fields(config: PromptConfig, spec: BackboneSpec) -> dict[str, Any]:
             "encoder_num_layers": config.encoder_layers if lstm else 2,
             "encoder_dropout": config.encoder_dropout,
         }
-    if config.kind == "prefix":  # flat keys and values: PEFT can go on training them without a projection
+    if config.kind == "prefix":  # flat keys and values, whatever trained them
         return {"encoder_hidden_size": None, "prefix_projection": False, "init_weights": None}
     init = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None}
     return init | {"tokenizer_name_or_path": None, "tokenizer_kwargs": None}

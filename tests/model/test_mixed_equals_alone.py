@@ -56,12 +56,19 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert error <= 1e-5, f"relative error {error:.2e}"
 
 
+COUNTS_PADDING = "gpt_neo"  # its local window does: padding between prompt and text is refused
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", zoo.CAUSAL)
 def test_forward(name: str, side: str) -> None:
     model = prompted(zoo.causal(name), seed=len(name))
     ids, mask = batch(11, 21, side, seed=3)
     rows = some_rows(model, 11, seed=5)
+    if name == COUNTS_PADDING and side == "left":
+        with pytest.raises(fp.FastPromptError, match="local window"):
+            model(input_ids=ids, attention_mask=mask, prompts=rows)
+        return
     with torch.no_grad():
         mixed = model(input_ids=ids, attention_mask=mask, prompts=rows).logits
         for b, row in enumerate(rows):
@@ -77,6 +84,8 @@ def test_generate(name: str, side: str) -> None:
     ids, mask = batch(7, 13, side, seed=8)
     rows = some_rows(model, 7, seed=9)
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    if name == COUNTS_PADDING:
+        mask = torch.ones_like(mask)
     mixed = model.generate(input_ids=ids, attention_mask=mask, prompts=rows, **options)
     for b, row in enumerate(rows):
         text = ids[b : b + 1, mask[b].bool()]

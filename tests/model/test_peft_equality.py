@@ -100,9 +100,10 @@ def test_causal(name: str, method: str, tmp_path: Path) -> None:
         labels = torch.cat([torch.full((ROWS, P), -100), torch.full_like(ids[:, :1], -100), ids[:, 1:]], dim=1)
         assert_equal(got.loss, _shifted_loss(expected.logits, labels), "loss")
     options = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert model.generate(**inputs, prompts="it", **options).tolist() == theirs.generate(
-        **inputs, **extra, **options
-    ).tolist()
+    assert (
+        model.generate(**inputs, prompts="it", **options).tolist()
+        == theirs.generate(**inputs, **extra, **options).tolist()
+    )
 
 
 def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

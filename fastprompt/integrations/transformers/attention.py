@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -55,7 +55,7 @@ def attention_forward(
 
 def _observe(
     call: Call,
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -87,14 +87,17 @@ def _prefix_attention(
         bias = position_bias if bias is None else bias + position_bias
     if mask.batch is None or site is None or not site.layers:
         rows = LayerRows.none(key.shape[0], key.device)
-        prefix_key, prefix_value = key.new_empty(key.shape[1], 0, key.shape[3]), value.new_empty(value.shape[1], 0, value.shape[3])
+        prefix_key, prefix_value = (
+            key.new_empty(key.shape[1], 0, key.shape[3]),
+            value.new_empty(value.shape[1], 0, value.shape[3]),
+        )
     else:
         layer = site.layers[mask.next_call(module)] if len(site.layers) > 1 else site.layers[0]
         rows = mask.batch.layer_rows[layer].to(query.device)
         prefix_key, prefix_value = mask.batch.keys[layer], mask.batch.values[layer]
         if site.relative_bias is not None:
             prefix_bias = site.relative_bias.prefix_columns(mask, query.shape[2], key.shape[2])
-    return ops.prefix_attention(
+    out = ops.prefix_attention(
         query,
         key,
         value,
@@ -114,6 +117,7 @@ def _prefix_attention(
         prefix_bias=prefix_bias,
         plan=rows.plan,
     )
+    return cast(torch.Tensor, out)
 
 
 def _warn_dropout() -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from fastprompt.context import AttentionCall, Call, activate
 from fastprompt.errors import ArgumentError, UnsupportedError
 from fastprompt.integrations.transformers import attention, positions
-from fastprompt.context import AttentionCall, Call, activate
 from fastprompt.integrations.transformers.masks import EAGER_NAME
 from fastprompt.integrations.transformers.relative_bias import RelativeBias
 from fastprompt.spec import BackboneSpec, LayerShape, Prefix
@@ -28,7 +28,7 @@ class Backbone:
     "none" (embedding prompts only); `reasons` says why, line by line.
     """
 
-    model: PreTrainedModel
+    model: Any  # PreTrainedModel, whose attributes are untyped
     path: str
     spec: BackboneSpec
     layer_devices: tuple[torch.device, ...]
@@ -36,6 +36,7 @@ class Backbone:
     reasons: list[str] = field(default_factory=list)
     compiles: bool = False
     max_positions: int | None = None  # of a learned position table; None where positions are unbounded
+    counted_window: int | None = None  # a local window on the cache path, which counts padding as positions
 
     @property
     def encoder_decoder(self) -> bool:
@@ -76,7 +77,8 @@ class Backbone:
         if self.path == "cache":
             cache = DynamicCache()
             body(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
-            return [(layer.keys, layer.values) for layer in cache.layers]
+            layers: list[Any] = cache.layers
+            return [(layer.keys, layer.values) for layer in layers]
         record: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         with activate(Call(record=record)):
             body(inputs_embeds=inputs, use_cache=False)
@@ -102,7 +104,7 @@ def inspect_backbone(model: PreTrainedModel) -> Backbone:
     return _with_interface(model, calls)
 
 
-def _probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _probe_inputs(model: Any) -> dict[str, torch.Tensor]:
     device = model.get_input_embeddings().weight.device
     device = model.device if device.type == "meta" else device
     ids = torch.full((1, _PROBE_TOKENS), 3, dtype=torch.long, device=device)
@@ -112,7 +114,7 @@ def _probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _probe_attention(model: PreTrainedModel) -> tuple[list[AttentionCall] | None, str]:
+def _probe_attention(model: Any) -> tuple[list[AttentionCall] | None, str]:
     """Attention calls of one small forward through the interface, or None and why there are none."""
     original = model.config._attn_implementation
     try:
@@ -130,7 +132,7 @@ def _probe_attention(model: PreTrainedModel) -> tuple[list[AttentionCall] | None
     return None, f"its attention does not go through transformers' attention interface ({seen})"
 
 
-def _with_interface(model: PreTrainedModel, calls: list[AttentionCall]) -> Backbone:
+def _with_interface(model: Any, calls: list[AttentionCall]) -> Backbone:
     inside = _prefix_modules(model)
     shapes: list[LayerShape] = []
     devices: list[torch.device] = []
@@ -141,7 +143,9 @@ def _with_interface(model: PreTrainedModel, calls: list[AttentionCall]) -> Backb
             indices.append(len(shapes))
             shapes.append(LayerShape(call.key.shape[1], call.key.shape[3], call.value.shape[3]))
             devices.append(call.key.device)
-    tables = [c.module for c in calls if c.relative_bias and hasattr(c.module, "relative_attention_bias") and layers[c.module]]
+    tables = [
+        c.module for c in calls if c.relative_bias and hasattr(c.module, "relative_attention_bias") and layers[c.module]
+    ]
     for call in calls:
         bias = _relative_bias(call.module, tables) if call.relative_bias and layers[call.module] else None
         call.module.fastprompt_site = attention.Site(tuple(layers[call.module]), bias)
@@ -155,23 +159,25 @@ def _with_interface(model: PreTrainedModel, calls: list[AttentionCall]) -> Backb
         devices=devices,
         causal=causal,
         compiles=causal and whole and not model.config.is_encoder_decoder and all(len(v) < 2 for v in layers.values()),
-        reasons=[f"{len(shapes)} of {len(calls)} attention calls take a prefix in place, through the attention interface"],
+        reasons=[
+            f"{len(shapes)} of {len(calls)} attention calls take a prefix in place, through the attention interface"
+        ],
     )
 
 
-def _relative_bias(module: nn.Module, tables: Sequence[nn.Module]) -> RelativeBias:
+def _relative_bias(module: Any, tables: Sequence[Any]) -> RelativeBias:
     owner = module if module in tables else tables[0]
     return RelativeBias(
         owner.relative_attention_bias, owner.relative_attention_num_buckets, owner.relative_attention_max_distance
     )
 
 
-def _prefix_modules(model: PreTrainedModel) -> set[nn.Module] | None:
+def _prefix_modules(model: Any) -> set[nn.Module] | None:
     """The modules of an encoder-decoder's decoder; None where every self-attention takes a prefix."""
     return set(model.get_decoder().modules()) if model.config.is_encoder_decoder else None
 
 
-def _without_interface(model: PreTrainedModel, why_not: str) -> Backbone:
+def _without_interface(model: Any, why_not: str) -> Backbone:
     if model.config.is_encoder_decoder:
         raise UnsupportedError(f"{model.config.model_type}: {why_not}, and no other path exists for encoder-decoders")
     cache = DynamicCache()
@@ -179,7 +185,8 @@ def _without_interface(model: PreTrainedModel, why_not: str) -> Backbone:
         with torch.no_grad():
             inputs = _probe_inputs(model)
             model.base_model(**inputs, past_key_values=cache, use_cache=True)
-        layers = [layer for layer in cache.layers if layer.is_initialized]
+        found: list[Any] = cache.layers
+        layers = [layer for layer in found if layer.is_initialized]
     except Exception:  # no cache argument: an encoder
         layers = []
     shapes = [LayerShape(c.keys.shape[1], c.keys.shape[3], c.values.shape[3]) for c in layers]
@@ -202,7 +209,7 @@ def _without_interface(model: PreTrainedModel, why_not: str) -> Backbone:
 
 
 def _describe(
-    model: PreTrainedModel,
+    model: Any,
     *,
     path: str,
     shapes: Sequence[LayerShape],
@@ -221,6 +228,7 @@ def _describe(
         encoder_decoder=bool(model.config.is_encoder_decoder),
     )
     explicit = positions.takes_position_ids(model)
+    local = path == "cache" and "local" in getattr(model.config, "attention_layers", ())
     if path == "attention":
         if explicit:
             reasons.append("text positions are given as position_ids")
@@ -228,4 +236,5 @@ def _describe(
             reasons.append(f"text positions are moved in {', '.join(hooked)}")
         else:
             reasons.append("positions are relative: nothing to move")
-    return Backbone(model, path, spec, tuple(devices), explicit, reasons, compiles, positions.learned_positions(model))
+    limit, window = positions.learned_positions(model), model.config.window_size if local else None
+    return Backbone(model, path, spec, tuple(devices), explicit, reasons, compiles, limit, window)

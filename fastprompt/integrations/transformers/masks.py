@@ -16,8 +16,8 @@ from transformers.masking_utils import (
 )
 
 from fastprompt.batch import PrefixBatch
-from fastprompt.errors import UnsupportedError
 from fastprompt.context import active
+from fastprompt.errors import UnsupportedError
 
 EAGER_NAME = "fastprompt_eager"
 
@@ -180,7 +180,7 @@ def _dense(
             "fastprompt cannot tell which queries see the prompt. Pass a 2-D attention_mask without packed sequences."
         )
     kwargs = kwargs | dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    own = sdpa_mask(mask_function=function, attention_mask=padding, device=device, **sizes, **kwargs)
+    own: Any = sdpa_mask(mask_function=function, attention_mask=padding, device=device, **sizes, **kwargs)
     return PrefixMask(batch, causal=False, bias=_additive(own, dtype))
 
 

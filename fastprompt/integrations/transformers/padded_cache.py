@@ -33,7 +33,17 @@ class PaddedPrefixCache(DynamicCache):
             index = rows.start.long()[:, None] + columns - (batch.longest - lengths)
             index = torch.where(self.prefix_mask.bool(), index, 0)
             here = self.prefix_mask.bool()[:, None, :, None]
-            self.update(*(t[:, index].transpose(0, 1).where(here, 0) for t in (keys, values)), layer)
+            own, past = (t[:, index].transpose(0, 1).where(here, 0) for t in (keys, values))
+            self.update(own, past, layer)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in the base class; at the first step of a beam search the rows become beams."""
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is not None and layer.is_initialized and layer.keys.shape[0] < key_states.shape[0]:
+            layer.batch_repeat_interleave(key_states.shape[0] // layer.keys.shape[0])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def prefix_length(self) -> int:

@@ -23,7 +23,7 @@ def text_positions(attention_mask: torch.Tensor, queries: int) -> torch.Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -queries:]
 
 
-def takes_position_ids(model: nn.Module) -> bool:
+def takes_position_ids(model: Any) -> bool:
     """Whether positions counted from 0 can be passed to `model`."""
     if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -31,13 +31,13 @@ def takes_position_ids(model: nn.Module) -> bool:
     return not any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules())
 
 
-def _tables(model: nn.Module) -> dict[str, nn.Module]:
+def _tables(model: Any) -> dict[str, nn.Module]:
     """Position modules a prefix moves: an encoder-decoder's encoder has no prefix, so only its decoder's."""
     root = model.get_decoder() if model.config.is_encoder_decoder else model
     return {name: m for name, m in root.named_modules() if name.rsplit(".", 1)[-1] in _TABLES}
 
 
-def learned_positions(model: nn.Module) -> int | None:
+def learned_positions(model: Any) -> int | None:
     """Positions a learned table holds, None where positions are computed."""
     sizes = [
         t.num_embeddings - getattr(t, "offset", 0) - (0 if t.padding_idx is None else t.padding_idx + 1)
@@ -47,7 +47,7 @@ def learned_positions(model: nn.Module) -> int | None:
     return min(sizes, default=None)
 
 
-def hook_position_tables(model: nn.Module) -> list[str]:
+def hook_position_tables(model: Any) -> list[str]:
     """Hook the position modules a prefix must move; returns their names."""
     tables = _tables(model)
     for module in tables.values():

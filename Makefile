@@ -1,0 +1,60 @@
+# make demo | test | check: each sets up everything it needs in .venv and may be repeated.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml setup.py requirements/dev.txt
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+# One thread a process: pytest runs several side by side. Nothing in the tests may need the hub.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    install into $(VENV) and run the demo"
+	@echo "make test    install into $(VENV) and run the tests (PYTEST_ARGS='$(PYTEST_ARGS)')"
+	@echo "make check   lint, formatting and types"
+	@echo "make clean   remove $(VENV) and build leftovers"
+	@echo "PYTHON=$(PYTHON) makes the environment; it must be 3.10 or newer"
+
+demo: $(VENV)/.installed
+	$(BIN)/fastprompt demo
+
+test: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fastprompt
+	@if [ -z "$(NATIVE)" ]; then echo "clang-format: no native source"; \
+	elif command -v clang-format >/dev/null; then clang-format --dry-run --Werror $(NATIVE); \
+	else echo "clang-format: not installed, native source not checked"; fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# An environment that is there already is used as it is. torch comes first: whatever depends on it then keeps it.
+$(VENV)/.torch: requirements/cpu.txt
+	@test -x $(BIN)/python || { \
+	    command -v $(PYTHON) >/dev/null || { \
+	        echo "error: $(PYTHON) was not found; install Python 3.10 or newer, or name one: make PYTHON=python3.11" >&2; exit 1; }; \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	        echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), fastprompt needs 3.10 or newer; name one: make PYTHON=python3.11" >&2; exit 1; }; \
+	    $(PYTHON) -m venv $(VENV); }
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	    echo "GPU found: torch is not constrained"; $(PIP) install 'torch>=2.10'; \
+	else $(PIP) install -r requirements/cpu.txt; fi
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(INPUTS)
+	$(PIP) install -c requirements/dev.txt -e '.[peft]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -c requirements/dev.txt -e '.[dev]'
+	@touch $@

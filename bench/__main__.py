@@ -1,0 +1,30 @@
+"""`python -m bench COMMAND`: the benchmarks by name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {  # name -> (module with `add_arguments(parser)` and `run(args) -> exit status`, one line of help)
+    "main-job": ("bench.main_job", "mixed prompts over one backbone against PEFT and the bare backbone, on the CPU"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one benchmark; its exit status is 1 where a numeric check failed or a target was missed."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        if name in given:  # only the benchmark that runs is imported
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(given)
+    status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

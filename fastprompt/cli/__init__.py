@@ -1,0 +1,45 @@
+"""The `fastprompt` command: one file a command, all of them thin over the library."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import fastprompt
+from fastprompt.cli import convert, demo, generate, info, inspect
+from fastprompt.cli.output import Commands
+
+app = typer.Typer(
+    name="fastprompt",
+    cls=Commands,
+    help="Soft prompts over one frozen transformer: any mixture of them in a batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(fastprompt.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+app.command("demo")(demo.demo)
+app.command("info")(info.info)
+app.command("import")(convert.import_)
+app.command("export")(convert.export)
+app.command("inspect")(inspect.inspect)
+app.command("generate")(generate.generate)

@@ -1,0 +1,57 @@
+"""`fastprompt import` and `fastprompt export`: PEFT adapters to prompts and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastprompt.cli.backbones import OptionalBackbone, backbone_spec
+from fastprompt.cli.inspect import description, render
+from fastprompt.cli.output import Json, emit
+from fastprompt.errors import ArgumentError
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="The folder to read.")]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST if it is a prompt already.")]
+
+
+def import_(
+    source: Source,
+    target: Target,
+    backbone: OptionalBackbone = None,
+    task: Annotated[int | None, typer.Option(help="Which task of a multitask prompt to take.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a PEFT adapter folder into a prompt folder; without --backbone the one that the adapter names is used."""
+    from fastprompt import peft_format, store
+
+    backbone = backbone or (description(source)["backbone"] if peft_format.is_peft_folder(source) else None)
+    if not backbone and peft_format.is_peft_folder(source):
+        raise ArgumentError(f"{source} names no backbone: give --backbone, the model that it was trained with")
+    prompt = peft_format.read_peft(source, backbone_spec(backbone), task_id=task)
+    store.save_prompt(target, prompt, overwrite=overwrite)
+    emit(description(target), as_json, render)
+
+
+def export(
+    source: Source,
+    target: Target,
+    backbone: OptionalBackbone = None,
+    format: Annotated[str, typer.Option(help="The format to write: peft.")] = "peft",
+    task_type: Annotated[str | None, typer.Option(help="PEFT's task type, where the prompt names none.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a prompt folder as a PEFT adapter; with --backbone it is checked against that and names it."""
+    from fastprompt import peft_format, store
+
+    if format != "peft":
+        raise ArgumentError(f"--format is {format!r}, expected 'peft'")
+    prompt = store.load_prompt(source, backbone_spec(backbone) if backbone else None)
+    peft_format.write_peft(
+        target, prompt, task_type=task_type, base_model_name_or_path=backbone, overwrite=overwrite
+    )
+    emit(description(target), as_json, render)

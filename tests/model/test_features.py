@@ -1,0 +1,292 @@
+"""What the backbone can do it can still do with prompts: caches, decoding modes, checkpointing, casting, adapters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from transformers import DynamicCache
+
+import fastprompt as fp
+
+ROWS: list[str | None] = ["prefix", None, "embed", "prefix"]
+GREEDY: dict[str, Any] = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+def loud(model: fp.PromptedModel) -> fp.PromptedModel:
+    """The model with prompt weights large enough that losing one would show."""
+    with torch.no_grad():
+        for name in model.prompt_names:
+            for p in model.library[name].encoder.parameters():
+                p.normal_(0.0, 0.5)
+    return model.eval()
+
+
+def prompted(backbone: Any) -> fp.PromptedModel:
+    model = fp.PromptedModel(backbone)
+    model.add_prompt("prefix", fp.PrefixTuning(num_virtual_tokens=9))
+    model.add_prompt("embed", fp.PromptTuning(num_virtual_tokens=4))
+    return loud(model)
+
+
+@pytest.fixture
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, zoo.VOCAB, (4, 12))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    mask[3, :2] = 0
+    return dict(input_ids=ids * mask, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "mistral_window", "gemma2", "gemma3_text", "gpt_oss", "opt", "deepseek_v3"]
+)
+def test_static_cache_gives_the_same_tokens(name: str, inputs: dict[str, torch.Tensor]) -> None:
+    model = prompted(zoo.causal(name))
+    dynamic = model.generate(**inputs, prompts=ROWS, **GREEDY)
+    static = model.generate(**inputs, prompts=ROWS, cache_implementation="static", **GREEDY)
+    assert static.tolist() == dynamic.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2"])
+def test_generate_under_torch_compile(name: str, inputs: dict[str, torch.Tensor]) -> None:
+    model = prompted(zoo.causal(name))
+    expected = model.generate(**inputs, prompts=ROWS, **GREEDY)
+    model.backbone.forward = torch.compile(model.backbone.forward, backend="aot_eager")
+    compiled = model.generate(**inputs, prompts=ROWS, cache_implementation="static", **GREEDY)
+    assert compiled.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_beams_equal_alone(name: str, inputs: dict[str, torch.Tensor]) -> None:
+    model = prompted(zoo.causal(name))
+    options = GREEDY | dict(num_beams=3, num_return_sequences=2)
+    mixed = model.generate(**inputs, prompts=ROWS, **options)
+    for b, row in enumerate(ROWS):
+        text = inputs["input_ids"][b : b + 1, inputs["attention_mask"][b].bool()]
+        alone = model.generate(input_ids=text, attention_mask=torch.ones_like(text), prompts=[row], **options)
+        assert mixed[2 * b : 2 * b + 2, -10:].tolist() == alone[:, -10:].tolist()
+
+
+def test_beams_of_an_encoder_decoder() -> None:
+    model = prompted(zoo.seq2seq("t5"))
+    ids = torch.randint(3, zoo.VOCAB, (4, 9))
+    options = dict(max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None)
+    mixed = model.generate(input_ids=ids, prompts=ROWS, **options)
+    for b, row in enumerate(ROWS):
+        assert mixed[b].tolist() == model.generate(input_ids=ids[b : b + 1], prompts=[row], **options)[0].tolist()
+
+
+@pytest.mark.parametrize("assistant_prompted", [False, True])
+def test_assisted_generation_is_greedy_generation(assistant_prompted: bool) -> None:
+    model = prompted(zoo.causal("llama"))
+    ids = torch.randint(3, zoo.VOCAB, (1, 8))
+    assistant: Any = zoo.causal("llama", seed=4)
+    if assistant_prompted:
+        assistant = copy.deepcopy(model.backbone)
+    for row in ("prefix", "embed", None):
+        expected = model.generate(input_ids=ids, prompts=[row], **GREEDY)
+        got = model.generate(input_ids=ids, prompts=[row], assistant_model=assistant, **GREEDY)
+        assert got.tolist() == expected.tolist()
+
+
+def test_sampling_is_reproducible(inputs: dict[str, torch.Tensor]) -> None:
+    model = prompted(zoo.causal("llama"))
+    options = GREEDY | dict(do_sample=True, temperature=0.8, top_p=0.9)
+    torch.manual_seed(3)
+    first = model.generate(**inputs, prompts=ROWS, **options)
+    torch.manual_seed(3)
+    assert model.generate(**inputs, prompts=ROWS, **options).tolist() == first.tolist()
+
+
+def test_no_cache_and_stepwise_cache_agree(inputs: dict[str, torch.Tensor]) -> None:
+    model = prompted(zoo.causal("llama"))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        whole = model(**inputs, prompts=ROWS, use_cache=False).logits
+        cache = DynamicCache()
+        first = model(input_ids=ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache, prompts=ROWS)
+        assert cache.get_seq_length() == 7  # own tokens only
+        rest = model(input_ids=ids[:, 7:], attention_mask=mask, past_key_values=cache, prompts=ROWS)
+    steps = torch.cat([first.logits, rest.logits], dim=1)
+    real = mask.bool()
+    torch.testing.assert_close(steps[real], whole[real], rtol=1e-4, atol=1e-5)
+
+
+def targets(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Labels of the real tokens but each row's first, which padding would have to predict."""
+    first = inputs["attention_mask"].cumsum(1) <= 1
+    return inputs["input_ids"].masked_fill(first | (inputs["attention_mask"] == 0), -100)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_gradient_checkpointing_gives_the_same_gradients(name: str, inputs: dict[str, torch.Tensor]) -> None:
+    quiet = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0} if name == "gpt2" else {}
+    model = prompted(zoo.causal(name, **quiet))
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model.zero_grad()
+        other: list[str | None] = ["embed", "prefix", None, None]
+        losses = [model(**inputs, labels=targets(inputs), prompts=rows).loss for rows in (ROWS, other)]
+        sum(losses).backward()  # two forwards of different rows before one backward
+        grads.append({n: p.grad.clone() for n, p in model.library.named_parameters()})
+    assert all(g.abs().max() > 0 for g in grads[0].values())
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][key], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_that_would_lose_gradients_is_refused() -> None:
+    with pytest.raises(fp.FastPromptError, match="use_reentrant"):
+        prompted(zoo.causal("llama")).gradient_checkpointing_enable(dict(use_reentrant=True))
+    with pytest.raises(fp.FastPromptError, match="cache"):
+        prompted(zoo.causal("bloom")).gradient_checkpointing_enable()
+
+
+def test_gradients_of_a_mixed_batch_are_sums_of_single_rows(inputs: dict[str, torch.Tensor]) -> None:
+    model = prompted(zoo.causal("llama"))
+    labels = targets(inputs)
+    total = int((labels != -100).sum())
+    model(**inputs, labels=labels, prompts=ROWS).loss.backward()
+    mixed = {n: p.grad.clone() for n, p in model.library.named_parameters()}
+    model.zero_grad()
+    for b, row in enumerate(ROWS):
+        if row is None:
+            continue
+        real = inputs["attention_mask"][b].bool()
+        ids, wanted = inputs["input_ids"][b : b + 1, real], labels[b : b + 1, real]
+        (model(input_ids=ids, labels=wanted, prompts=[row]).loss * (wanted != -100).sum() / total).backward()
+    for n, p in model.library.named_parameters():
+        torch.testing.assert_close(p.grad, mixed[n], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_backbone_with_float32_prompts(dtype: torch.dtype, inputs: dict[str, torch.Tensor]) -> None:
+    full = prompted(zoo.causal("llama"))
+    low = fp.PromptedModel(copy.deepcopy(full.backbone).to(dtype))
+    for name in full.prompt_names:
+        low.add_prompt(name, full.library[name].collapse())
+    assert all(p.dtype == torch.float32 for p in low.library.parameters())
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = full(**inputs, prompts=ROWS).logits[real]
+        got = low.eval()(**inputs, prompts=ROWS).logits[real]
+        bare_error = (low(**inputs).logits[real].float() - full(**inputs).logits[real]).abs().max()
+    assert got.dtype == dtype
+    assert (got.float() - expected).abs().max() <= 2 * bare_error  # no worse than the dtype itself
+    loss = low(**inputs, labels=inputs["input_ids"], prompts=ROWS).loss
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in low.library.parameters())
+
+
+def test_cast_and_move_keep_prompts_float32() -> None:
+    model = prompted(zoo.causal("llama")).to(torch.bfloat16)
+    assert model.backbone.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in model.library.parameters())
+    with torch.no_grad():
+        assert model(input_ids=torch.tensor([[5, 6, 7]]), prompts="prefix").logits.dtype == torch.bfloat16
+
+
+def explicit_past(backbone: Any, prefix: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of one row with the prefix handed over as ordinary past keys and values."""
+    cache = DynamicCache()
+    for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        cache.update(k[None].to(backbone.dtype), v[None].to(backbone.dtype), layer)
+    return backbone(input_ids=ids, past_key_values=cache).logits[0]
+
+
+def with_lora(live: bool) -> Any:
+    import peft
+
+    model = peft.get_peft_model(
+        zoo.causal("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0.0, 0.3)
+    return model.get_base_model() if live else model.merge_and_unload()
+
+
+def quantised() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = zoo.causal("llama", hidden_size=64, intermediate_size=128)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def dispatched() -> Any:
+    import accelerate
+
+    return accelerate.dispatch_model(zoo.causal("llama"), {"": "cpu"}, main_device="cpu", force_hooks=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: with_lora(live=True),
+        lambda: with_lora(live=False),
+        quantised,
+        dispatched,
+        lambda: zoo.causal("llama").bfloat16(),
+    ],
+    ids=["live_lora", "merged_lora", "torchao_int8", "device_map", "bf16"],
+)
+def test_prompts_on_a_backbone_that_carries_something(make: Any) -> None:
+    backbone = make().eval()
+    untouched = copy.deepcopy(backbone)
+    model = prompted(backbone)
+    ids = torch.randint(3, zoo.VOCAB, (3, 11))
+    rows = ["prefix", None, "embed"]
+    with torch.no_grad():
+        mixed = model(input_ids=ids, attention_mask=torch.ones_like(ids), prompts=rows).logits
+        expected = [
+            explicit_past(untouched, model.library["prefix"](), ids[:1]),
+            untouched(input_ids=ids[1:2]).logits[0],
+            explicit_past(untouched, model._info.compile([model.library["embed"]()])[0], ids[2:]),
+        ]
+    tolerance = 1e-5 if backbone.dtype == torch.float32 else 4 * torch.finfo(backbone.dtype).eps
+    for got, want in zip(mixed, expected, strict=True):
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+    assert model.generate(input_ids=ids, prompts=rows, **GREEDY).shape == (3, 21)
+
+
+def test_bare_calls_are_the_backbone_itself(inputs: dict[str, torch.Tensor]) -> None:
+    for name in ("llama", "gemma2", "gpt_oss", "t5"):
+        backbone = zoo.seq2seq(name) if name == "t5" else zoo.causal(name)
+        untouched = copy.deepcopy(backbone)
+        model = prompted(backbone)
+        call = dict(inputs) | ({"decoder_input_ids": inputs["input_ids"]} if name == "t5" else {})
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            torch.testing.assert_close(model(**call).logits[real], untouched(**call).logits[real], rtol=1e-5, atol=1e-5)
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    """Two texts packed in one row by position_ids: each sees the prompt and itself only."""
+    model = prompted(zoo.causal("llama"))
+    a, b = torch.randint(3, zoo.VOCAB, (1, 5)), torch.randint(3, zoo.VOCAB, (1, 7))
+    packed = dict(input_ids=torch.cat([a, b], 1), position_ids=torch.cat([torch.arange(5), torch.arange(7)])[None])
+    with torch.no_grad():
+        together = model(**packed, use_cache=False, prompts="prefix").logits[0]
+        alone = torch.cat([model(input_ids=x, prompts="prefix").logits[0] for x in (a, b)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_retrained_prompt_is_read_anew() -> None:
+    model = prompted(zoo.causal("llama"))
+    ids = torch.randint(3, zoo.VOCAB, (1, 6))
+    with torch.no_grad():
+        before = model(input_ids=ids, prompts="prefix").logits
+        model.library["prefix"].encoder.weight.mul_(1.5)
+        after = model(input_ids=ids, prompts="prefix").logits
+    with torch.enable_grad():
+        trained = model(input_ids=ids, prompts="prefix").logits.detach()
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, trained, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,36 @@
+"""What pyproject.toml says about the package agrees with the tree."""
+
+import sys
+from pathlib import Path
+
+import fastprompt
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it where the standard library has none
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def modules(folder: Path) -> bool:
+    return any(folder.glob("*.py"))
+
+
+def test_every_package_is_listed():
+    folders = [p for p in (ROOT / "fastprompt", *(ROOT / "fastprompt").rglob("*")) if p.is_dir() and modules(p)]
+    found = {".".join(p.relative_to(ROOT).parts) for p in folders}
+    if modules(ROOT / "kernels" / "triton"):
+        found.add("fastprompt._triton")
+    assert set(SETUPTOOLS["packages"]) - {"fastprompt._triton"} == found - {"fastprompt._triton"}
+    assert found <= set(SETUPTOOLS["packages"])
+
+
+def test_kernels_does_not_shadow_the_package_of_that_name():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_package_is_typed_and_has_a_version():
+    assert (ROOT / "fastprompt" / "py.typed").is_file()
+    assert fastprompt.__version__.count(".") == 2
