@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -67,7 +68,7 @@ def with_peft(model: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel
     return prompted.eval()
 
 
-def random_text(size: LlamaSize, rows: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_text(size: LlamaSize, rows: int, tokens: int, seed: int = 0) -> dict[str, Any]:
     """`input_ids` and `attention_mask` int64 `[rows, tokens]` without padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, size.vocabulary, (rows, tokens), generator=generator)

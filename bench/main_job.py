@@ -16,9 +16,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 import fastprompt as fp
 from bench import measure
@@ -97,10 +97,7 @@ def generate_case(size: Size, rounds: int) -> Outcome:
     for row in (0, rows - 1):
         peft.set_adapter(names[row])
         one = {k: v[row : row + 1] for k, v in text.items()}
-        pair = Agreement(logits.what, LOGITS)
-        pair.check(peft(**one).logits)
-        pair.check(ours(**text, prompts=names).logits[row : row + 1])
-        logits.include(pair)
+        logits.equal(ours(**text, prompts=names).logits[row : row + 1], peft(**one).logits)
     contestants = {
         "fastprompt": Contestant(lambda: ours.generate(**text, prompts=names, **_greedy(new)), prompted.check),
         "bare": Contestant(lambda: bare.generate(**text, **_greedy(new)), plain.check),
@@ -152,23 +149,20 @@ def bank_case(size: Size, rounds: int) -> Outcome:
             pass  # writes every prompt to the bank
         if len(model.library.bank) != count or model.library.bank.stats().evictions:
             raise CheckFailed(f"{len(model.library.bank)} prompts are in the bank, expected {count}")
-    # the same prompts wherever they lie: those of the large bank are spread over all of it
-    used = _shuffled(names[many])[:rows]
-    _replace_prompts(models[few], names[few][1 : rows + 1], [models[many].library[name] for name in used])
+    # the same prompts in both, scattered over all of either bank
+    used = {count: _shuffled(names[count])[:rows] for count in (few, many)}
+    for small, large in zip(used[few], used[many], strict=True):
+        models[few].library[small].load_state_dict(models[many].library[large].state_dict())
     text = random_text(size.backbone, rows, text_tokens)
     tokens = Agreement("greedy tokens, few and many prompts in the bank")
 
-    def contestant(count: int, rows_of: Sequence[str]) -> Contestant:
+    def contestant(count: int) -> Contestant:
         model = models[count]
-        return Contestant(lambda: model.generate(**text, prompts=rows_of, **_greedy(new)), tokens.check)
+        return Contestant(lambda: model.generate(**text, prompts=used[count], **_greedy(new)), tokens.check)
 
     small, large = f"{few} prompts", f"{many} prompts"
     again = f"{small}, again"
-    contestants = {
-        small: contestant(few, names[few][1 : rows + 1]),
-        large: contestant(many, used),
-        again: contestant(few, names[few][1 : rows + 1]),
-    }
+    contestants = {small: contestant(few), large: contestant(many), again: contestant(few)}
     for entry in contestants.values():
         entry.check(entry.run())
     samples = measure.interleave(contestants, rounds)
@@ -202,7 +196,8 @@ def run(args: argparse.Namespace) -> int:
         journal = Journal(out)
         here = measure.machine()
         journal.write("machine", benchmark="main-job", quick=args.quick, backbone=facts(size.backbone), **here)
-        print(f"{size.backbone.describe()}\n{here['cpu']}, {here['cores']} cores, {here['threads']} threads, load {here['load']}")
+        print(size.backbone.describe())
+        print(f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads, load {here['load']}")
         for case in args.case:
             try:
                 outcome = CASES[case](size, args.rounds or size.rounds)
@@ -224,7 +219,9 @@ def _report(outcome: Outcome, journal: Journal, judge: bool) -> bool:
     """Writes and prints a case whose checks are green; whether a target was missed."""
     print(f"\n{outcome.case}")
     for check in outcome.checks:
-        journal.write("check", case=outcome.case, green=True, what=check.what, compared=check.compared, worst=check.worst)
+        journal.write(
+            "check", case=outcome.case, green=True, what=check.what, compared=check.compared, worst=check.worst
+        )
         print(f"  green: {check.what}: {check.compared} compared, largest relative difference {check.worst:.1e}")
     journal.samples(outcome.case, outcome.samples)
     for name, runs in outcome.samples.items():
@@ -256,7 +253,7 @@ def _line(ratio: Ratio) -> str:
     )
 
 
-def _greedy(new: int) -> dict[str, object]:
+def _greedy(new: int) -> dict[str, Any]:
     return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
 
 
@@ -266,11 +263,6 @@ def _add_prefixes(model: fp.PromptedModel, count: int, length: int) -> list[str]
     for i in range(count):
         model.add_prompt(f"prompt-{i}", config, seed=i)
     return model.prompt_names
-
-
-def _replace_prompts(model: fp.PromptedModel, names: Sequence[str], prompts: Sequence[fp.SoftPrompt]) -> None:
-    for name, prompt in zip(names, prompts, strict=True):
-        model.library[name].load_state_dict(prompt.state_dict())
 
 
 def _shuffled(names: Sequence[str]) -> list[str]:

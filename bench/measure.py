@@ -70,7 +70,9 @@ class Spread:
         if not values:
             raise ValueError("values is empty, expected at least one measurement")
         ordered = sorted(values)
-        return Spread(statistics.median(ordered), _quantile(ordered, 0.2), _quantile(ordered, 0.8), ordered[0], len(ordered))
+        return Spread(
+            statistics.median(ordered), _quantile(ordered, 0.2), _quantile(ordered, 0.8), ordered[0], len(ordered)
+        )
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,15 @@ class Agreement:
         """Raise `CheckFailed` unless `result` agrees with the first one."""
         if self._kept is None:
             self._kept = result.clone()
-            return
-        if result.shape != self._kept.shape:
-            raise CheckFailed(f"{self.what}: shape {list(result.shape)}, expected {list(self._kept.shape)}")
-        kept = self._kept.double()
-        error = ((result.double() - kept).abs().max() / kept.abs().max().clamp(min=1e-300)).item()
+        else:
+            self.equal(result, self._kept)
+
+    def equal(self, result: torch.Tensor, expected: torch.Tensor) -> None:
+        """Raise `CheckFailed` unless the two agree."""
+        if result.shape != expected.shape:
+            raise CheckFailed(f"{self.what}: shape {list(result.shape)}, expected {list(expected.shape)}")
+        scale = expected.double().abs().max().clamp(min=1e-300)
+        error = ((result.double() - expected.double()).abs().max() / scale).item()
         self.compared += 1
         self.worst = max(self.worst, error)
         if not error <= self.tolerance:  # NaN fails too

@@ -95,9 +95,7 @@ def explain() -> list[Row]:
     for op in OPS:
         for impl in IMPLS:
             reason = obstacle(op, impl)
-            rows.append(
-                Row(op, impl, reason is None, reason or "plain PyTorch" if impl == "reference" else reason or "")
-            )
+            rows.append(Row(op, impl, reason is None, reason or "runs here"))
     return rows
 
 

@@ -17,30 +17,36 @@ from fastprompt.prompts import PromptHead
 HEAD_MODULES = ("classifier", "score", "qa_outputs", "classification_head")
 
 
-def head_module(model: nn.Module) -> str | None:
-    """Name of the backbone's task head, None for a backbone without one."""
-    return next((name for name in HEAD_MODULES if isinstance(getattr(model, name, None), nn.Module)), None)
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that make up the backbone's task head (DistilBERT's has two), none without one."""
+    return [name for name, _ in model.named_children() if name.endswith(HEAD_MODULES)]
 
 
 def fresh_head(model: Any, num_labels: int | None) -> PromptHead | None:
     """A trainable copy of the backbone's head, its last layer drawn anew when it gets another number of labels."""
-    name = head_module(model)
-    if name is None:
+    names = head_modules(model)
+    if not names:
         if num_labels is not None:
             raise ArgumentError(
                 f"num_labels is {num_labels}, but {type(model).__name__} has no task head ({', '.join(HEAD_MODULES)}): "
                 "load the backbone with AutoModelForSequenceClassification or AutoModelForTokenClassification"
             )
         return None
-    module = model.get_submodule(name)
-    tensors = {k: v.detach().float().clone() for k, v in module.state_dict().items() if v.is_floating_point()}
+    tensors = {
+        f"{name}.{key}": value.detach().float().clone()
+        for name in names
+        for key, value in model.get_submodule(name).state_dict().items()
+        if value.is_floating_point()
+    }
     if num_labels is not None:
-        outputs = module.weight.shape[0] if isinstance(module, nn.Linear) else model.config.num_labels
-        for key, tensor in tensors.items():
-            if tensor.shape[0] == outputs:
-                std = getattr(model.config, "initializer_range", 0.02) if tensor.dim() > 1 else 0.0
-                tensors[key] = tensor.new_empty(num_labels, *tensor.shape[1:]).normal_(0.0, std or 0.0)
-    return PromptHead(name, tensors)
+        last = list(tensors)[-1].rpartition(".")[0]
+        std = getattr(model.config, "initializer_range", 0.02)
+        for key in [k for k in tensors if k.startswith(f"{last}.")]:
+            shape = (num_labels, *tensors[key].shape[1:])
+            tensors[key] = torch.randn(shape) * std if len(shape) > 1 else torch.zeros(shape)
+    if len(names) > 1:
+        return PromptHead("", tensors)
+    return PromptHead(names[0], {key.removeprefix(f"{names[0]}."): value for key, value in tensors.items()})
 
 
 def _split(head: PromptHead | None, module: str) -> Mapping[str, torch.Tensor] | None:

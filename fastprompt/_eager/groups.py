@@ -124,7 +124,7 @@ class Groups:
     def join(self, chunks: list[Tensor | None], like: Tensor, width: int, fill: float) -> Tensor:
         """`[B, Hkv, M, width]` from each group's `[Hkv, R*M, <= width]`; `fill` where a group has nothing."""
         rows, heads, m = like.shape[:3]
-        if self.single and chunks and not self.ragged and width:
+        if self.single and chunks and not self.ragged and self.width:
             return self.unsort(torch.stack(chunks))  # type: ignore[arg-type]
         out = like.new_full((rows, heads, m, width), fill)
         for part, chunk in zip(out.split_with_sizes(self.counts), chunks, strict=True):

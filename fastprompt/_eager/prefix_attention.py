@@ -41,7 +41,7 @@ def forward(
     lse: Tensor | None
     if q.numel() == 0:
         out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=lse_dtype)
-    elif flash.serves(pb) and not (q.shape[2] <= _FEW_QUERIES and q.dtype in (torch.float32, torch.float64)):
+    elif _fused(pb):
         out, lse = flash.forward(pb)
     else:
         out, lse = math.forward(pb, need_lse)
@@ -83,13 +83,18 @@ def backward(
     inputs = (q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias)
     if q.numel() == 0:
         grads: list[Tensor | None] = [None] * len(inputs)
-    elif dlse is None and flash.serves(pb):
+    elif dlse is None and _fused(pb):
         grads = flash.backward(pb, dout, out, lse, wanted)
     else:
         grads = math.backward(pb, dout, dlse, out, lse, wanted)
     return tuple(
         _place(pb, i, grads[i], x) if wanted[i] and x is not None else q.new_empty(0) for i, x in enumerate(inputs)
     )
+
+
+def _fused(pb: Problem) -> bool:
+    few = pb.q.shape[2] <= _FEW_QUERIES and pb.q.dtype in (torch.float32, torch.float64)
+    return not few and flash.serves(pb)
 
 
 def _place(pb: Problem, i: int, grad: Tensor | None, x: Tensor) -> Tensor:

@@ -28,8 +28,11 @@ def import_(
     """Turn a PEFT adapter folder into a prompt folder; without --backbone the one that the adapter names is used."""
     from fastprompt import peft_format, store
 
-    backbone = backbone or (description(source)["backbone"] if peft_format.is_peft_folder(source) else None)
-    if not backbone and peft_format.is_peft_folder(source):
+    held = description(source)
+    if held["format"] != "peft":
+        raise ArgumentError(f"SRC is {source}, a prompt folder already, expected a PEFT adapter's")
+    backbone = backbone or held["backbone"]
+    if not backbone:
         raise ArgumentError(f"{source} names no backbone: give --backbone, the model that it was trained with")
     prompt = peft_format.read_peft(source, backbone_spec(backbone), task_id=task)
     store.save_prompt(target, prompt, overwrite=overwrite)

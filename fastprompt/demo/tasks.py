@@ -35,12 +35,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Training:
-    """Numbers with which a method learns any of the tasks from `train`."""
+    """Numbers with which a method learns any of the tasks: AdamW without weight decay, the rate falling to zero."""
 
-    virtual_tokens: int
     learning_rate: float
-    steps: int
+    virtual_tokens: int = 10
+    steps: int = 120
     batch: int = 16
+
+
+TRAINING = {
+    "prompt_tuning": Training(0.05),
+    "p_tuning": Training(0.005),
+    "prefix_tuning": Training(0.005),  # through the MLP
+    "p_tuning_v2": Training(0.05),  # keys and values themselves
+}
 
 
 # name, skill of the corpus, description, index of the phrasing that scored best on the training inputs

@@ -43,8 +43,8 @@ def paged_prefix_attention(
             q[q_start[b] : q_start[b + 1]], k, v, prefix_k, prefix_v, prefix_start[b], prefix_len[b])
 
     Shapes: `q [tokens, Hq, D]`, `k_cache [blocks, block_size, Hkv, D]`, `v_cache [blocks, block_size, Hkv, Dv]`,
-    int32 or int64 `block_table [B, max_blocks]` (entries past a row's tokens are not read), `q_start [B + 1]` offsets into q,
-    `kv_len [B]` own tokens including the new ones; the rest as in `prefix_attention`.
+    int32 or int64 `block_table [B, max_blocks]` (entries past a row's tokens are not read), `q_start [B + 1]` offsets
+    into q, `kv_len [B]` own tokens including the new ones; the rest as in `prefix_attention`.
     Returns `out [tokens, Hq, Dv]` and, with `return_lse`, `lse [Hq, tokens]`. For inference: it has no gradients.
     Raises `ArgumentError` for what does not fit or requires gradients, `ImplementationError` for an `impl` that
     cannot run.
@@ -108,8 +108,8 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tens
 
 define(
     "paged_prefix_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor q_start, "
-    "Tensor kv_len, Tensor prefix_k, Tensor prefix_v, Tensor prefix_start, Tensor prefix_len, Tensor? sinks, Tensor? plan, "
-    "float scale, SymInt? window, float? softcap, bool need_lse, str impl) -> (Tensor, Tensor)",
+    "Tensor kv_len, Tensor prefix_k, Tensor prefix_v, Tensor prefix_start, Tensor prefix_len, Tensor? sinks, "
+    "Tensor? plan, float scale, SymInt? window, float? softcap, bool need_lse, str impl) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

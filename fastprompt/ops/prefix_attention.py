@@ -53,7 +53,8 @@ def prefix_attention(
     Shapes: `q [B, Hq, N, D]`, `k [B, Hkv, S, D]`, `v [B, Hkv, S, Dv]`, one layer of an arena `prefix_k [Hkv, T, D]`,
     `prefix_v [Hkv, T, Dv]`, int32 or int64 `[B]` for `prefix_start`, `prefix_len`, `kv_start` (default 0), `kv_len`
     (default S), `q_start` (default S - N); `sinks [Hq]`, `bias [B|1, Hq|1, N|1, S]`,
-    `prefix_bias [B|1, Hq|1, N|1, P]` with P >= the longest prefix. Any strides with a contiguous last dimension; float32, bfloat16, float16 or float64.
+    `prefix_bias [B|1, Hq|1, N|1, P]` with P >= the longest prefix.
+    Any strides with a contiguous last dimension; float32, bfloat16, float16 or float64.
     `scale` defaults to D**-0.5. `plan` groups the rows by prompt and is made here when None.
     Returns `out [B, N, Hq, Dv]` in the dtype of q and, with `return_lse`, the natural-log `lse [B, Hq, N]` in float32
     (float64 for float64), both contiguous. Gradients of all floating point inputs, those of a prefix summed over the

@@ -1,0 +1,180 @@
+"""The main job on one backbone: train a prompt by each method, answer with all of them in one batch, check and time."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fastprompt.demo.measure import Equality, Row, Timing, compare, exact_match, first_lines, generate, time_ways
+from fastprompt.demo.tasks import tasks
+from fastprompt.demo.training import Lesson, Listener, Trained, train
+from fastprompt.model import PromptedModel
+from fastprompt.prompts import PrefixTuning, PromptConfig, PromptTuning, PTuning, PTuningV2
+
+# task, method and learning rate of every prompt
+LESSONS: tuple[tuple[str, PromptConfig, float], ...] = (
+    ("capital", PromptTuning(num_virtual_tokens=16, init="vocab"), 0.03),
+    ("plural", PTuning(num_virtual_tokens=12, encoder_hidden_size=64), 0.003),
+    ("job", PrefixTuning(num_virtual_tokens=8, reparameterization="mlp", hidden_size=64), 0.003),
+    ("tone", PTuningV2(num_virtual_tokens=5), 0.03),
+)
+THROUGH_PEFT = "job"
+TRAINED, BARE, WRITTEN = "trained", "bare", "hand_written"
+VIA_PEFT = f"{THROUGH_PEFT} via PEFT"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything: `rows` of each task a training step, `timed` rows in a timed batch, `repeats` of it."""
+
+    steps: int = 400
+    rows: int = 16
+    test: int = 64
+    timed: int = 32
+    repeats: int = 5
+    max_new_tokens: int = 16
+    seed: int = 0
+
+
+QUICK = Settings(steps=5, rows=4, test=4, timed=6, repeats=1, max_new_tokens=6)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One prompt: what it is, and the share of held-out inputs answered exactly by it and without it."""
+
+    prompt: str
+    task: str
+    method: str
+    virtual_tokens: int
+    trained_parameters: int
+    share: float
+    tested: int
+    bare: float
+    hand_written: float
+    trained: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the mixed batch."""
+
+    prompt: str | None
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the demo found; `timing` is None unless `equality` is green, `saved` maps prompts to their folders."""
+
+    backbone: str
+    backbone_parameters: int
+    training: Trained
+    lines: tuple[Line, ...]
+    examples: tuple[Example, ...]
+    batch: int
+    equality: Equality
+    timing: Timing | None
+    saved: dict[str, str]
+
+
+def run(model: PromptedModel, settings: Settings, out: Path | None, listen: Listener) -> Report:
+    """Train, answer, check, time; the prompts are saved in folders under `out` unless it is None.
+
+    Args:
+        model: a prompted causal language model with its tokenizer, which pads on the left.
+        listen: told of progress as (stage, done, in all, remark).
+    """
+    known = {task.name: task for task in tasks()}
+    lessons = {name: Lesson(known[name], config, rate) for name, config, rate in LESSONS}
+    training = train(model, list(lessons.values()), settings.steps, settings.rows, settings.seed, listen)
+    sizes = {name: sum(p.numel() for p in model.library[name].parameters()) for name in lessons}
+    if load_through_peft(model, THROUGH_PEFT, VIA_PEFT):
+        lessons[VIA_PEFT], sizes[VIA_PEFT] = lessons[THROUGH_PEFT], sizes[THROUGH_PEFT]
+    asked = questions(lessons, settings.test)
+    rows = [row for group in asked.values() for row in group]
+    listen("answer", 0, 1, f"{len(rows)} rows in one batch")
+    answers = generate(model, rows, settings.max_new_tokens)
+    listen("answer", 1, 1, f"{len(rows)} rows in one batch")
+    own = [i for i, row in enumerate(rows) if row.prompt]
+    equality = compare(model, [rows[i] for i in own], [answers[i] for i in own], settings.max_new_tokens, listen)
+    mix = _spread([asked[name, TRAINED] for name in lessons] + [asked[THROUGH_PEFT, BARE]], settings.timed)
+    by_row = dict(zip(rows, answers, strict=True))
+    scores = {key: exact_match(model, group, [by_row[row] for row in group]) for key, group in asked.items()}
+    total = sum(p.numel() for p in model.backbone.parameters())
+    lines = tuple(_line(name, lesson, sizes[name], total, len(asked[name, TRAINED]), scores) for name, lesson in lessons.items())
+    said = first_lines(model, [by_row[row] for row in mix])
+    return Report(
+        backbone=model.why().partition(":")[0],
+        backbone_parameters=total,
+        training=training,
+        lines=lines,
+        batch=len(rows),
+        equality=equality,
+        timing=time_ways(model, mix, settings.max_new_tokens, settings.repeats, listen) if equality.green else None,
+        examples=tuple(Example(r.prompt, r.text, s) for r, s in zip(mix, said, strict=True))[: len(lessons) + 1],
+        saved=_save(model, lines, training, out) if out else {},
+    )
+
+
+def load_through_peft(model: PromptedModel, source: str, name: str) -> bool:
+    """Load under `name` what PEFT writes after reading the prompt `source`; False where PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        return False
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as root:
+        ours, theirs = Path(root, "ours"), Path(root, "theirs")
+        model.save_prompt(source, ours, format="peft")
+        PeftModel.from_pretrained(model.backbone, str(ours)).save_pretrained(str(theirs))
+        model.load_prompt(name, theirs)
+    return True
+
+
+def questions(lessons: Mapping[str, Lesson], count: int) -> dict[tuple[str, str], list[Row]]:
+    """Held-out inputs, `count` a task: behind its prompts, without any, and asked by hand."""
+    asked = {}
+    for name, lesson in lessons.items():
+        task, pairs = lesson.task, lesson.task.test[:count]
+        asked[name, TRAINED] = [Row(name, x, y) for x, y in pairs]
+        asked[task.name, BARE] = [Row(None, x, y) for x, y in pairs]
+        asked[task.name, WRITTEN] = [Row(None, task.written(x), y) for x, y in pairs]
+    return asked
+
+
+def _spread(groups: Sequence[Sequence[Row]], count: int) -> list[Row]:
+    """`count` rows, or as many as there are, taken from the groups in turn."""
+    longest = max(map(len, groups))
+    return [group[i] for i in range(longest) for group in groups if i < len(group)][:count]
+
+
+def _line(
+    name: str, lesson: Lesson, size: int, total: int, tested: int, scores: Mapping[tuple[str, str], float]
+) -> Line:
+    task = lesson.task.name
+    return Line(
+        prompt=name,
+        task=lesson.task.description,
+        method=lesson.config.method,
+        virtual_tokens=lesson.config.num_virtual_tokens,
+        trained_parameters=size,
+        share=size / total,
+        tested=tested,
+        bare=scores[task, BARE],
+        hand_written=scores[task, WRITTEN],
+        trained=scores[name, TRAINED],
+    )
+
+
+def _save(model: PromptedModel, lines: Sequence[Line], training: Trained, out: Path) -> dict[str, str]:
+    saved = {}
+    for line in lines:
+        if line.prompt != VIA_PEFT:
+            model.library[line.prompt].record = {"training": asdict(training), "result": asdict(line)}
+            model.save_prompt(line.prompt, out / line.prompt, overwrite=True)
+            saved[line.prompt] = str(out / line.prompt)
+    return saved
