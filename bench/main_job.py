@@ -77,8 +77,7 @@ def generate_case(size: Size, rounds: int) -> Outcome:
     bare = llama(size.backbone)
     ours = fp.PromptedModel(twin(bare))
     # more prompts than rows and rows in any order: the extents a batch reads lie scattered, as in use
-    names = _add_prefixes(ours, rows + rows // 2, length)
-    names = _shuffled(names)[:rows]
+    names = _shuffled(_add_prefixes(ours, rows + rows // 2, length))[:rows]
     text = random_text(size.backbone, rows, text_tokens)
     with TemporaryDirectory() as folder:
         peft = with_peft(bare, _export(ours, names, Path(folder)))
@@ -145,10 +144,6 @@ def bank_case(size: Size, rounds: int) -> Outcome:
     names: dict[int, list[str]] = {}
     for count, model in models.items():
         names[count] = _add_prefixes(model, count, length)
-        with model.library.prefix_batch(names[count]):
-            pass  # writes every prompt to the bank
-        if len(model.library.bank) != count or model.library.bank.stats().evictions:
-            raise CheckFailed(f"{len(model.library.bank)} prompts are in the bank, expected {count}")
     # the same prompts in both, scattered over all of either bank
     used = {count: _shuffled(names[count])[:rows] for count in (few, many)}
     for small, large in zip(used[few], used[many], strict=True):
@@ -258,10 +253,14 @@ def _greedy(new: int) -> dict[str, Any]:
 
 
 def _add_prefixes(model: fp.PromptedModel, count: int, length: int) -> list[str]:
-    """`count` random prefix prompts; prompt i is the same in every model."""
+    """`count` random prefix prompts, all resident in the bank one after the other; their names."""
     config = fp.PrefixTuning(num_virtual_tokens=length, init_std=_INIT_STD)
     for i in range(count):
         model.add_prompt(f"prompt-{i}", config, seed=i)
+    with model.library.prefix_batch(model.prompt_names):
+        pass  # writes what is not in the bank yet
+    if len(model.library.bank) != count:
+        raise CheckFailed(f"{len(model.library.bank)} prompts are in the bank, expected {count}")
     return model.prompt_names
 
 

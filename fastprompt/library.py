@@ -44,6 +44,13 @@ class PromptLibrary(nn.Module):
         self._in_bank: dict[str, object] = {}
         self._writing = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts with an empty bank: the prompts are the source."""
+        return self.__dict__ | {"_bank": None, "_in_bank": {}, "_writing": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_writing": threading.Lock()})
+
     def __contains__(self, name: object) -> bool:
         return name in self._names
 

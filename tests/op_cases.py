@@ -30,9 +30,7 @@ class Attention:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Attention:
         """The call with `function` applied to every floating point tensor."""
-        return replace(
-            self, tensors={n: function(t) if t.is_floating_point() else t for n, t in self.tensors.items()}
-        )
+        return replace(self, tensors={n: function(t) if t.is_floating_point() else t for n, t in self.tensors.items()})
 
     def leaves(self) -> tuple[Attention, list[str]]:
         """The call on leaves that require gradients, and their names; strides are kept."""

@@ -93,20 +93,19 @@ class Groups:
         """Whether group order is row order."""
         return self.order == list(range(len(self.order)))
 
+    @cached_property
+    def _sorting(self) -> tuple[Tensor, Tensor]:
+        """Row numbers in group order, and places in group order by row number."""
+        places = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return torch.tensor(self.order), torch.tensor(places)
+
     def sort(self, x: Tensor) -> Tensor:
         """Rows of `x` in group order."""
-        return x if self.in_order else x[self._index(self.order, x)]
+        return x if self.in_order else x.index_select(0, self._sorting[0].to(x.device))
 
     def unsort(self, x: Tensor) -> Tensor:
         """Inverse of `sort`."""
-        if self.in_order:
-            return x
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return x[self._index(back, x)]
-
-    @staticmethod
-    def _index(rows: list[int], x: Tensor) -> Tensor:
-        return torch.tensor(rows, device=x.device)
+        return x if self.in_order else x.index_select(0, self._sorting[1].to(x.device))
 
     def evenly(self, arena: Tensor) -> Tensor:
         """`[Hkv, groups, d, P]`: a view of all extents, transposed, where `step` is not None."""
@@ -118,19 +117,23 @@ class Groups:
         """Per group the folded rows `[Hkv, R*M, d]` of `x`."""
         if self.single:
             return list(self.sort(x).unbind())
-        parts = self.sort(x).split_with_sizes(self.counts)
-        return [p[0] if n == 1 else fold(p) for p, n in zip(parts, self.counts, strict=True)]
+        return list(fold(self.sort(x)).split_with_sizes(self._sizes(x), 1))
 
     def join(self, chunks: list[Tensor | None], like: Tensor, width: int, fill: float) -> Tensor:
         """`[B, Hkv, M, width]` from each group's `[Hkv, R*M, <= width]`; `fill` where a group has nothing."""
+        present = [c for c in chunks if c is not None and c.shape[2] == width]
+        if chunks and len(present) == len(chunks):
+            joined = torch.stack(present) if self.single else unfold(torch.cat(present, 1), like.shape[0])
+            return self.unsort(joined)
         rows, heads, m = like.shape[:3]
-        if self.single and chunks and not self.ragged and self.width:
-            return self.unsort(torch.stack(chunks))  # type: ignore[arg-type]
-        out = like.new_full((rows, heads, m, width), fill)
-        for part, chunk in zip(out.split_with_sizes(self.counts), chunks, strict=True):
+        out = like.new_full((heads, rows * m, width), fill)
+        for part, chunk in zip(out.split_with_sizes(self._sizes(like), 1), chunks, strict=True):
             if chunk is not None:
-                part[..., : chunk.shape[2]] = unfold(chunk, part.shape[0])
-        return self.unsort(out)
+                part.narrow(2, 0, chunk.shape[2]).copy_(chunk)
+        return self.unsort(unfold(out, rows))
+
+    def _sizes(self, x: Tensor) -> list[int]:
+        return [count * x.shape[2] for count in self.counts]
 
 
 def check_extents(rows: list[int], starts: list[int], lens: list[int], size: int, names: str) -> None:
@@ -167,7 +170,7 @@ def mix(weights: Tensor, arena: Tensor, groups: Groups) -> Tensor:
         return _evenly(weights, groups, [v.mT.to(weights.dtype) for v in groups.evenly(arena)])
     chunks = groups.chunks(weights)
     if groups.ragged:
-        chunks = [c[..., :n] for c, n in zip(chunks, groups.lens, strict=True)]
+        chunks = [c.narrow(2, 0, n) for c, n in zip(chunks, groups.lens, strict=True)]
     values = _views(arena, 1, groups, weights.dtype)
     products = [None if v is None else torch.bmm(c, v) for c, v in zip(chunks, values, strict=True)]
     return groups.join(products, weights, arena.shape[2], 0.0)

@@ -26,8 +26,7 @@ def forward(pb: Problem, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     if not need_lse and pb.sinks is None and pb.bias is None and pb.prefix_bias is None and pb.all_see:
         p, lse = logits.softmax(-1), None
     else:
-        lse = _lse(logits, pb.sinks)
-        p = _weights(logits, lse)
+        p, lse = _normalise(logits, pb.sinks)
     out = _mix(pb, p)
     if pb.padded and not bool(out.sum().isfinite()):  # padding may hold NaN, and 0 * NaN is NaN
         out = _mix(pb.without_padding(), p)
@@ -42,7 +41,7 @@ def backward(
     width, tokens = pb.groups.width, pb.prefix_k.shape[1]
     dout = dout.to(pb.q.dtype)
     logits = _logits(pb)
-    p = _weights(logits.values, lse)
+    p, _ = _normalise(logits.values, pb.sinks)
     delta = (dout * out).sum(-1)  # [B, Hq, N]
     if dlse is not None:
         delta = delta - dlse.masked_fill(lse == -INF, 0.0)
@@ -117,15 +116,20 @@ def _logits(pb: Problem) -> Logits:
     return Logits(z, capped)
 
 
-def _lse(logits: Tensor, sinks: Tensor | None) -> Tensor:
-    empty = logits.shape[-1] == 0
-    lse = logits.new_full(logits.shape[:3], -INF) if empty else logits.logsumexp(-1)
-    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-
-
-def _weights(logits: Tensor, lse: Tensor) -> Tensor:
-    """Probabilities; zeros for a query that sees nothing."""
-    return (logits - lse.masked_fill(lse == -INF, 0.0)[..., None]).exp()
+def _normalise(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities, zeros for a query that sees nothing, and the log of their denominator `[B, Hq, N]`."""
+    shape = (*logits.shape[:3], 1)
+    top = logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.new_full(shape, -INF)
+    if sinks is not None:
+        sinks = sinks.to(logits.dtype)[:, None, None]
+        top = torch.maximum(top, sinks)
+    top = top.masked_fill(top == -INF, 0.0)
+    weights = (logits - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks - top).exp()
+    lse = (top + total.log())[..., 0]
+    return weights.div_(total.masked_fill_(total == 0, 1.0)), lse
 
 
 def _mix(pb: Problem, p: Tensor) -> Tensor:

@@ -54,7 +54,5 @@ def export(
     if format != "peft":
         raise ArgumentError(f"--format is {format!r}, expected 'peft'")
     prompt = store.load_prompt(source, backbone_spec(backbone) if backbone else None)
-    peft_format.write_peft(
-        target, prompt, task_type=task_type, base_model_name_or_path=backbone, overwrite=overwrite
-    )
+    peft_format.write_peft(target, prompt, task_type=task_type, base_model_name_or_path=backbone, overwrite=overwrite)
     emit(description(target), as_json, render)

@@ -81,11 +81,13 @@ def _named_paths(options: Sequence[str]) -> dict[str, str]:
 
 
 def _option_rows(texts: Sequence[str], uses: Sequence[str], names: Sequence[str]) -> list[Row]:
-    if uses and len(uses) not in (1, len(texts)):
-        raise ArgumentError(f"--use is given {len(uses)} times for {len(texts)} texts: give it once, or once a --text")
-    if not uses and len(names) > 1 and texts:
+    if not texts and not uses:
+        return []
+    if not uses and len(names) > 1:
         raise ArgumentError(f"{len(names)} prompts are loaded: say with --use which one each --text gets, or {BARE!r}")
     chosen = list(uses or names or [BARE])
+    if not texts or len(chosen) not in (1, len(texts)):
+        raise ArgumentError(f"--use is given {len(uses)} times for {len(texts)} texts: give it once, or once a --text")
     chosen = chosen * len(texts) if len(chosen) == 1 else chosen
     return [(_name(name), text) for name, text in zip(chosen, texts, strict=True)]
 

@@ -68,7 +68,8 @@ def _chosen() -> tuple[dict[str, dict[str, str]], str | None]:
 
     from fastprompt import dispatch
 
-    chosen: dict[str, dict[str, str]] = {"cpu": {}} | ({"cuda": {}} if torch.cuda.is_available() else {})
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    chosen: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
     problem = None
     for kind, names in chosen.items():
         for op in dispatch.OPS:

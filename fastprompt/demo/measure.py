@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,9 +96,7 @@ def compare(
     return Equality(len(rows), len({row.prompt for row in rows}), identical, difference / scale)
 
 
-def time_ways(
-    model: PromptedModel, rows: Sequence[Row], max_new_tokens: int, repeats: int, listen: Listener
-) -> Timing:
+def time_ways(model: PromptedModel, rows: Sequence[Row], max_new_tokens: int, repeats: int, listen: Listener) -> Timing:
     """Answer `rows` in three ways, taking turns, `repeats` times after one warm-up."""
     names = list(dict.fromkeys(row.prompt for row in rows))
     by_prompt = [[row for row in rows if row.prompt == name] for name in names]
@@ -106,18 +104,13 @@ def time_ways(
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(repeats + 1):
         for way, batches in ways.items():
-            spent = _seconds(lambda batches=batches: [generate(model, batch, max_new_tokens) for batch in batches])
-            if turn:
-                seconds[way].append(spent)
+            started = time.perf_counter()
+            for batch in batches:
+                generate(model, batch, max_new_tokens)
+            seconds[way].append(time.perf_counter() - started)
         listen("time", turn + 1, repeats + 1, f"{len(rows)} rows")
-    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    medians = {way: statistics.median(values[1:]) for way, values in seconds.items()}
     return Timing(len(rows), len(names), repeats, **medians)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class Line:
     """One prompt: what it is, and the share of held-out inputs answered exactly by it and without it."""
 
     prompt: str
+    via_peft: bool
     task: str
     method: str
     virtual_tokens: int
@@ -92,31 +94,27 @@ def run(model: PromptedModel, settings: Settings, out: Path | None, listen: List
     known = {task.name: task for task in tasks()}
     lessons = {name: Lesson(known[name], config, rate) for name, config, rate in LESSONS}
     training = train(model, list(lessons.values()), settings.steps, settings.rows, settings.seed, listen)
-    sizes = {name: sum(p.numel() for p in model.library[name].parameters()) for name in lessons}
     if load_through_peft(model, THROUGH_PEFT, VIA_PEFT):
-        lessons[VIA_PEFT], sizes[VIA_PEFT] = lessons[THROUGH_PEFT], sizes[THROUGH_PEFT]
+        lessons[VIA_PEFT] = lessons[THROUGH_PEFT]
     asked = questions(lessons, settings.test)
     rows = [row for group in asked.values() for row in group]
-    listen("answer", 0, 1, f"{len(rows)} rows in one batch")
-    answers = generate(model, rows, settings.max_new_tokens)
-    listen("answer", 1, 1, f"{len(rows)} rows in one batch")
-    own = [i for i, row in enumerate(rows) if row.prompt]
-    equality = compare(model, [rows[i] for i in own], [answers[i] for i in own], settings.max_new_tokens, listen)
+    listen("answer", 0, 1, f"{len(rows)} rows")
+    answers = dict(zip(rows, generate(model, rows, settings.max_new_tokens), strict=True))
+    listen("answer", 1, 1, f"{len(rows)} rows")
+    prompted = {row: answer for row, answer in answers.items() if row.prompt}
+    equality = compare(model, list(prompted), list(prompted.values()), settings.max_new_tokens, listen)
     mix = _spread([asked[name, TRAINED] for name in lessons] + [asked[THROUGH_PEFT, BARE]], settings.timed)
-    by_row = dict(zip(rows, answers, strict=True))
-    scores = {key: exact_match(model, group, [by_row[row] for row in group]) for key, group in asked.items()}
-    total = sum(p.numel() for p in model.backbone.parameters())
-    lines = tuple(_line(name, lesson, sizes[name], total, len(asked[name, TRAINED]), scores) for name, lesson in lessons.items())
-    said = first_lines(model, [by_row[row] for row in mix])
+    scores = {key: exact_match(model, group, [answers[row] for row in group]) for key, group in asked.items()}
+    lines = tuple(_line(model, name, lesson, scores, settings.test) for name, lesson in lessons.items())
     return Report(
         backbone=model.why().partition(":")[0],
-        backbone_parameters=total,
+        backbone_parameters=model.backbone.num_parameters(),
         training=training,
         lines=lines,
         batch=len(rows),
+        examples=_examples(model, mix[: len(lessons) + 1], answers),
         equality=equality,
         timing=time_ways(model, mix, settings.max_new_tokens, settings.repeats, listen) if equality.green else None,
-        examples=tuple(Example(r.prompt, r.text, s) for r, s in zip(mix, said, strict=True))[: len(lessons) + 1],
         saved=_save(model, lines, training, out) if out else {},
     )
 
@@ -127,7 +125,8 @@ def load_through_peft(model: PromptedModel, source: str, name: str) -> bool:
         return False
     from peft import PeftModel
 
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, at PEFT
         ours, theirs = Path(root, "ours"), Path(root, "theirs")
         model.save_prompt(source, ours, format="peft")
         PeftModel.from_pretrained(model.backbone, str(ours)).save_pretrained(str(theirs))
@@ -152,28 +151,32 @@ def _spread(groups: Sequence[Sequence[Row]], count: int) -> list[Row]:
     return [group[i] for i in range(longest) for group in groups if i < len(group)][:count]
 
 
-def _line(
-    name: str, lesson: Lesson, size: int, total: int, tested: int, scores: Mapping[tuple[str, str], float]
-) -> Line:
-    task = lesson.task.name
+def _line(model: PromptedModel, name: str, lesson: Lesson, scores: Mapping[tuple[str, str], float], test: int) -> Line:
+    size = sum(p.numel() for p in model.library[lesson.name].parameters())
     return Line(
         prompt=name,
+        via_peft=name == VIA_PEFT,
         task=lesson.task.description,
         method=lesson.config.method,
         virtual_tokens=lesson.config.num_virtual_tokens,
         trained_parameters=size,
-        share=size / total,
-        tested=tested,
-        bare=scores[task, BARE],
-        hand_written=scores[task, WRITTEN],
+        share=size / model.backbone.num_parameters(),
+        tested=len(lesson.task.test[:test]),
+        bare=scores[lesson.task.name, BARE],
+        hand_written=scores[lesson.task.name, WRITTEN],
         trained=scores[name, TRAINED],
     )
+
+
+def _examples(model: PromptedModel, rows: Sequence[Row], answers: Mapping[Row, list[int]]) -> tuple[Example, ...]:
+    said = first_lines(model, [answers[row] for row in rows])
+    return tuple(Example(row.prompt, row.text, answer) for row, answer in zip(rows, said, strict=True))
 
 
 def _save(model: PromptedModel, lines: Sequence[Line], training: Trained, out: Path) -> dict[str, str]:
     saved = {}
     for line in lines:
-        if line.prompt != VIA_PEFT:
+        if not line.via_peft:
             model.library[line.prompt].record = {"training": asdict(training), "result": asdict(line)}
             model.save_prompt(line.prompt, out / line.prompt, overwrite=True)
             saved[line.prompt] = str(out / line.prompt)

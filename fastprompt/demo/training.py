@@ -36,7 +36,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run did; `loss` is the one logged last."""
+    """What a training run did; `loss` is the one logged last, a mean over prompts."""
 
     steps: int
     rows_per_step: int
@@ -86,14 +86,38 @@ class Collator:
         }
 
 
-class Reporter(TrainerCallback):
-    """Tells a listener about every step and the loss logged last."""
+class MixedTrainer(Trainer):
+    """Gives every prompt the gradient it would have alone."""
 
-    def __init__(self, listen: Listener) -> None:
-        self.listen, self.loss = listen, float("nan")
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        output = model(**inputs)
+        loss = summed_loss(output.logits, labels, inputs["prompts"])
+        return (loss, output) if return_outputs else loss
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """Sum over prompts of the mean cross-entropy of their rows' labelled tokens.
+
+    Logits `[B, N, C]`; labels `[B, N]`, -100 where there is none, each for the token before it.
+    """
+    names, wanted = list(dict.fromkeys(prompts)), labels[:, 1:]
+    owner = torch.tensor([names.index(name) for name in prompts], device=labels.device)[:, None].expand_as(wanted)
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2).float(), wanted, reduction="none")
+    counts = torch.bincount(owner[wanted != -100], minlength=len(names))
+    return (losses / counts[owner]).sum()
+
+
+class Reporter(TrainerCallback):
+    """Tells a listener about every step and the loss logged last, a mean over prompts."""
+
+    def __init__(self, listen: Listener, prompts: int) -> None:
+        self.listen, self.prompts, self.loss = listen, prompts, float("nan")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
+        self.loss = logs["loss"] / self.prompts if logs and "loss" in logs else self.loss
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.listen("train", state.global_step, state.max_steps, f"loss {self.loss:.3f}")
@@ -105,12 +129,13 @@ def train(
     """Add a prompt for each lesson to `model` and train all of them together.
 
     Semantics: every step takes `rows` rows of each lesson as one batch, one forward and one backward; each prompt has
-    its own parameters and learning rate, so it learns what it would learn alone. Nothing else is trained.
+    its own parameters, learning rate and term of the loss, so it learns what it would learn alone. Nothing else is
+    trained.
     """
     before = _digest(model.backbone)
     for lesson in lessons:
         model.add_prompt(lesson.name, lesson.config, seed=seed)
-    reporter = Reporter(listen)
+    reporter = Reporter(listen, len(lessons))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -122,10 +147,11 @@ def train(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=False,
             seed=seed,
         )
         model.to(arguments.device)
-        trainer = Trainer(
+        trainer = MixedTrainer(
             model,
             arguments,
             data_collator=Collator(model.tokenizer),

@@ -1,0 +1,1 @@
+"""Bridges to other libraries; nothing below `fastprompt.model` imports them."""

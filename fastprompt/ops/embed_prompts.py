@@ -40,8 +40,8 @@ def embed_prompts(
     Shapes: `input_ids [B, N]` int64, `weight [V, E]`, an arena of prompts `prompts [T, E]`; int32 or int64 `[B]` for
     `prompt_start`, `prompt_len`, `text_start` (default 0) and `text_len` (an end index, default N); `positions [B, P]`
     with P >= the longest prompt, distinct indices below prompt_len + text length (default: the prompt first).
-    `scale` multiplies text embeddings only. `out_len` defaults to N + the longest prompt, which is read from the tensor: give it where that
-    would cost a synchronisation or break a graph.
+    `scale` multiplies text embeddings only. `out_len` defaults to N + the longest prompt, which is read from the
+    tensor: give it where that would cost a synchronisation or break a graph.
     Returns `[B, out_len, E]` in the dtype of `weight`. Gradients of `weight` and `prompts`.
     Raises `ArgumentError` for what does not fit and `ImplementationError` for an `impl` that cannot run.
     Source: Lester et al. 2021 (arXiv 2104.08691), section 2; templates as in Liu et al. 2021 (arXiv 2103.10385).

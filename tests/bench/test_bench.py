@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from bench import __main__ as command
 from bench import backbones, main_job, measure
 from bench.measure import Agreement, CheckFailed, Contestant, Journal, Ratio, Sample, Spread

