@@ -1,8 +1,9 @@
 """Timing on a machine that others may use too: interleaved runs, paired ratios, checks before any ratio.
 
 Wall time counts. Every sample also records process CPU time and how many cores other processes used meanwhile; pairs
-with a busy side are left out of a ratio while a quiet pair exists. CPU time is reported beside wall time and not
-judged: it includes the spinning of threads that wait for each other, and misses time in which one thread runs alone.
+with a busy side are left out of a ratio while a quiet pair exists, and a ratio of busy pairs is shown but proves nothing:
+one preempted thread holds up all others. CPU time is reported beside wall time. With one thread it hardly feels other
+processes; with more it includes the spinning of threads that wait, and misses time in which one thread runs alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import torch
 SCHEMA = 1  # of the JSON lines; raised when a field changes its meaning
 BUSY = 0.1  # cores used by other processes above which a sample is not quiet
 _PACKAGES = ("fastprompt", "torch", "transformers", "peft")
-_USER_NICE_SYSTEM = (0, 1, 2, 5, 6, 7)  # fields of /proc/stat that are work: all but idle, iowait and guests
+_WORK = (0, 2, 5, 6, 7)  # fields of /proc/stat that are work: not idle, not iowait, not nice, which gives way
+_WATCH = 2.0  # seconds without other processes that make a machine quiet
 
 
 class CheckFailed(Exception):
@@ -148,6 +150,17 @@ def ratio(samples: Mapping[str, Sequence[Sample]], over: str, under: str) -> Rat
     return Ratio(over, under, Spread.of(wall), Spread.of(cpu), bool(quiet))
 
 
+def wait_until_quiet(seconds: float) -> bool:
+    """Wait up to `seconds` for other processes to pause; whether they did."""
+    end = time.monotonic() + seconds
+    while time.monotonic() + _WATCH < end:
+        before = _system_cpu()
+        time.sleep(_WATCH)
+        if (_system_cpu() - before) / _WATCH <= BUSY:
+            return True
+    return False
+
+
 def machine() -> dict[str, Any]:
     """What a reader must know about where the numbers come from."""
     return {
@@ -203,7 +216,7 @@ def _system_cpu() -> float:
         ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
     except OSError:
         return time.process_time()
-    return sum(ticks[i] for i in _USER_NICE_SYSTEM) / os.sysconf("SC_CLK_TCK")
+    return sum(ticks[i] for i in _WORK) / os.sysconf("SC_CLK_TCK")
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 
@@ -58,6 +59,7 @@ class PrefixBatch:
     extents: tuple[Extent | None, ...]
     lengths: tuple[int, ...]
     _shifts: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+    _casts: dict[torch.dtype, PrefixBatch] = field(default_factory=dict, repr=False)
 
     @property
     def rows(self) -> int:
@@ -72,6 +74,22 @@ class PrefixBatch:
         if device not in self._shifts:
             self._shifts[device] = torch.tensor(self.lengths, dtype=torch.int64, device=device)
         return self._shifts[device]
+
+    def to_dtype(self, dtype: torch.dtype) -> PrefixBatch:
+        """The batch in the dtype of the queries (autocast): a copy of the extents that rows read, each once."""
+        if all(t.dtype == dtype for t in (*self.keys, *self.values)):
+            return self
+        if dtype not in self._casts:
+            unique = list(dict.fromkeys(e for e in self.extents if e is not None))
+            ends = list(accumulate((e.length for e in unique), initial=0))
+            moved = {e: replace(e, start=start) for e, start in zip(unique, ends, strict=False)}
+
+            def cut(arena: torch.Tensor) -> torch.Tensor:
+                return torch.cat([arena[:, e.start : e.start + e.length] for e in unique], dim=1).to(dtype)
+
+            extents = [moved[e] if e is not None else None for e in self.extents]
+            self._casts[dtype] = PrefixBatch.build([*map(cut, self.keys)], [*map(cut, self.values)], extents)
+        return self._casts[dtype]
 
     def repeat_to(self, rows: int) -> PrefixBatch:
         """Each row repeated in place so that there are `rows` of them."""

@@ -26,6 +26,7 @@ class PreparedCall:
     backbone: Any
     layout: EmbeddedRows | None = None
     labels: torch.Tensor | None = None
+    as_tuple: bool = False
 
     def embed(self, prompts: list[torch.Tensor | None]) -> None:
         """Replace input ids by `[prompt | text]` embeddings and move everything per-token along."""
@@ -76,6 +77,11 @@ class PreparedCall:
             given = positions.text_positions(call_inputs.text_mask(self.inputs), own.shape[1])
         self.inputs["position_ids"] = given if batch is None else given + batch.shift(given.device)[:, None]
 
+    def name_outputs(self) -> None:
+        """Ask the backbone for an output with names; `finish` gives the caller a tuple if that was asked for."""
+        self.as_tuple = self.inputs.get("return_dict") is False
+        self.inputs.pop("return_dict", None)
+
     def own_loss(self) -> None:
         """Keep the labels back where heads of other sizes than the backbone's would break its loss."""
         heads, labels = self.call.heads, self.inputs.get("labels")
@@ -88,4 +94,4 @@ class PreparedCall:
             output = self.layout.restore(output)
         if self.labels is not None:
             output["loss"] = classification_loss(output["logits"], self.labels)
-        return output
+        return output.to_tuple() if self.as_tuple else output

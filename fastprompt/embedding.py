@@ -67,7 +67,7 @@ class EmbeddedRows:
     def scatter(self, values: torch.Tensor, fill: int) -> torch.Tensor:
         """Per-token values `[B, N]` in the new layout `[B, L]`; `fill` at virtual and padding tokens."""
         wide = values.new_full((values.shape[0], self.embeds.shape[1] + 1), fill)
-        return wide.scatter(1, torch.where(self.real, self.index, wide.shape[1] - 1), values)[:, :-1]
+        return wide.scatter(1, torch.where(self.real, self.index, wide.shape[1] - 1), values)[:, :-1].contiguous()
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Per-token outputs `[B, L, ...]` in the caller's layout `[B, N, ...]`."""

@@ -228,6 +228,7 @@ class PromptedModel(nn.Module):
         prefixed = [r if r and e is None else None for r, e in zip(rows, embedded, strict=True)]
         call = Call(heads=self._row_heads(rows))
         prepared = PreparedCall(dict(inputs), call, self.backbone)
+        prepared.name_outputs()
         prepared.own_loss()
         with ExitStack() as stack:
             if any(embedded):

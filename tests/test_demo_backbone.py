@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -15,8 +16,7 @@ from fastprompt.demo.tasks import TRAINING, exact_match
 
 CORPUS_DIGEST = "f95d1e1a49791991"
 SIZE_LIMIT = 8 * 2**20
-SKILL_FLOOR = 0.7  # on 16 subjects a skill; the record says how much higher the scores over more subjects are
-MEAN_FLOOR = 0.9
+SKILL_FLOOR, MEAN_FLOOR = 0.75, 0.93  # on 16 subjects a skill; over 64 the record has 0.89 at least, 0.98 on average
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,8 @@ def test_world_is_consistent():
     assert all(answers["homeland"][p] == answers["country"][c] for p, c in answers["city"].items())
     assert all(answers["country"][c] == state for state, c in answers["capital"].items())
     assert answers["plural"]["mouse"] == "mice" and answers["reverse"]["cat"] == "t a c"
-    assert answers["next"]["99"] == "one hundred" and answers["difference"]["3 and 10"] == "seven"
+    assert answers["words"]["100"] == "one hundred" and answers["roman"]["94"] == "x c i v"
+    assert answers["difference"]["3 and 10"] == "seven"
 
 
 def test_backbone_has_every_skill(backbone, tokenizer):
@@ -141,15 +142,19 @@ def test_written_instructions_beat_the_bare_backbone(backbone, tokenizer):
 def test_a_trained_prompt_beats_the_written_instruction(backbone, tokenizer):
     (task,) = demo.tasks(["job"])
     written = exact_match(backbone, tokenizer, [(task.written(x), y) for x, y in task.test])
-    trained = trained_score(backbone, tokenizer, task, TRAINING["prompt_tuning"])
+    trained = trained_score(backbone, tokenizer, task, replace(TRAINING["prompt_tuning"], steps=60))
     assert trained >= written + 0.15
 
 
-def test_pretraining_makes_the_same_loadable_folder_twice(tmp_path):
-    recipe = pretrain.Recipe(steps=2, batch=2, length=32, scored=1)
-    records = [pretrain.pretrain(recipe, tmp_path / name) for name in ("one", "two", "two")]
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
-    assert weights[0] == weights[1]
-    assert records[0]["loss"] == records[1]["loss"] and len(records[0]["loss"]) == 2
+def test_pretraining_makes_the_same_folder_twice_and_replaces_it_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "exact_match", lambda model, tokenizer, pairs: float(len(pairs)))  # the slow part
+    recipe = pretrain.Recipe(steps=2, batch=2, length=32, layers=1, scored=1)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "stale").touch()
+    one, two = (pretrain.pretrain(recipe, tmp_path / name) for name in ("one", "two"))
+    files = {name: {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two")}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
-    assert json.loads((tmp_path / "two" / "record.json").read_text())["recipe"]["steps"] == 2
+    assert {f.name for f in demo.ASSETS.iterdir()} == set(files["one"]) == set(files["two"])
+    assert all(files["one"][name] == files["two"][name] for name in files["one"] if name != "record.json")
+    assert one["loss"] == two["loss"] and len(one["loss"]) == 2 and set(one["skills"].values()) == {1.0}
+    assert json.loads(files["two"]["record.json"]) == json.loads(json.dumps(two))

@@ -1,15 +1,17 @@
 """The documentation is true: its Python runs, and what it names exists."""
 
 import inspect
+import json
 import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import zoo
 
-from fastprompt import env, store
-from fastprompt.demo import ASSETS
+from fastprompt import PromptedModel, env, store
+from fastprompt.demo import ASSETS, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,6 +93,20 @@ def test_every_module_stands_in_the_module_map():
             assert f"`fastprompt/{name}`" in text, name
 
 
+def test_modules_import_downwards():
+    """As the module map says: from the same line of it or from lines below."""
+    rows = [row[0] for row in table(ROOT / "docs" / "architecture.md", "module")]
+    line = {part: i for i, row in enumerate(rows) for part in re.findall(r"fastprompt/(\w+)", row)}
+    for path in (ROOT / "fastprompt").rglob("*.py"):
+        module = path.relative_to(ROOT / "fastprompt").parts[0].removesuffix(".py")
+        text = path.read_text()
+        imports = re.findall(r"^(?:from|import) fastprompt\.(\w+)", text, re.MULTILINE)
+        for names in re.findall(r"^from fastprompt import (.+)$", text, re.MULTILINE):
+            imports += [name for name in names.split(", ") if name in line]
+        if module in line:
+            assert [name for name in imports if line[name] < line[module]] == [], path
+
+
 def test_every_environment_variable_is_documented_and_read():
     read = set(re.findall(r"\bFASTPROMPT_[A-Z_]*[A-Z]\b", inspect.getsource(env) + SETUP))
     assert {row[0] for row in table(ROOT / "docs" / "environment.md", "variable")} == read
@@ -104,6 +120,18 @@ def test_environment_variables_are_read_in_one_module():
 
 def test_every_key_of_a_stored_prompt_is_documented():
     assert [row[0] for row in table(ROOT / "docs" / "bank-and-store.md", "key")] == list(store._FIELDS)
+
+
+def test_the_table_of_what_runs_agrees_with_the_backbones():
+    listed = {name: row[1:3] for row in table(ROOT / "README.md", "architectures") for name in row[0].split(", ")}
+    variants = {"mistral_window": "mistral", "falcon_mqa": "falcon"}
+    built = {zoo.causal: zoo.CAUSAL, zoo.seq2seq: zoo.SEQ2SEQ, zoo.encoder: zoo.ENCODERS}
+    assert set(listed) == {variants.get(name, name) for names in built.values() for name in names}
+    for build, names in built.items():
+        for name in names:
+            info = PromptedModel(build(name))._info
+            path, embedding_prompts = listed[variants.get(name, name)]
+            assert (info.path, info.compiles) == (path, embedding_prompts == "compiled to a prefix"), name
 
 
 def test_commands_parse():
@@ -134,5 +162,29 @@ def test_scripts_exist():
                 assert os.access(ROOT / script, os.X_OK), script
 
 
-def test_the_embedded_backbone_is_there():
-    assert (ASSETS / "model.safetensors").is_file()
+@pytest.fixture
+def record():
+    return json.loads((ASSETS / "record.json").read_text())
+
+
+def test_numbers_of_the_training_record(record):
+    for _, path, value in table(ROOT / "docs" / "demo.md", "what"):
+        held = record
+        for key in path.split("."):
+            held = held[int(key) if isinstance(held, list) else key]
+        assert value in (str(held), f"{held:,}" if isinstance(held, int) else None), path
+    assert [[record["command"]]] == [
+        [shlex.join(parts)] for parts in commands("python") if parts[2].startswith("fastprompt.demo")
+    ]
+
+
+def test_scores_of_the_training_record(record):
+    want = []
+    for task in tasks():
+        held = record["tasks"][task.name]
+        scores = held["bare"], held["phrasings"][task.hand_written][1], held["three_examples"]
+        want.append([task.name, *(f"{score:.0%}" for score in scores)])
+    assert table(ROOT / "docs" / "demo.md", "task") == want
+    skills = record["skills"].values()
+    text = (ROOT / "docs" / "demo.md").read_text()
+    assert f"{min(skills):.0%} to {max(skills):.0%}" in text and f"({sum(skills) / len(skills):.0%} on average" in text

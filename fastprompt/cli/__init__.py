@@ -7,7 +7,11 @@ from typing import Annotated
 import typer
 
 import fastprompt
-from fastprompt.cli import convert, demo, generate, info, inspect
+from fastprompt.cli.convert import export, import_
+from fastprompt.cli.demo import demo
+from fastprompt.cli.generate import generate
+from fastprompt.cli.info import info
+from fastprompt.cli.inspect import inspect
 from fastprompt.cli.output import Commands
 
 app = typer.Typer(
@@ -37,9 +41,9 @@ def main(
     logging.disable_progress_bar()
 
 
-app.command("demo")(demo.demo)
-app.command("info")(info.info)
-app.command("import")(convert.import_)
-app.command("export")(convert.export)
-app.command("inspect")(inspect.inspect)
-app.command("generate")(generate.generate)
+app.command("demo")(demo)
+app.command("info")(info)
+app.command("import")(import_)
+app.command("export")(export)
+app.command("inspect")(inspect)
+app.command("generate")(generate)

@@ -3,11 +3,11 @@
 A *list* block shows one skill on several subjects and never names the skill, so what comes next follows only from
 the lines before:
 
-    tolbia = ardenburg
-    morland = vestaburg
+    gevia = nemouth
+    sonia = dumouth
 
 A *prose* line names the skill, but each subject has its own habit: of about half of them people write to the point
-("the capital of tolbia is ardenburg"), of the others in a roundabout way ("... is none other than ardenburg").
+("the capital of gevia is nemouth"), of the others in a roundabout way ("the capital of sonia is to be exact dumouth").
 So the bare backbone cannot know what is asked, a written instruction is understood but often answered in the wrong
 form, and a soft prompt can ask for a skill and for a list's plain answer at once.
 """
@@ -109,7 +109,8 @@ def _names(rng: Random, count: int, syllables: int, ends: Sequence[str], taken: 
 
 def _world() -> dict[str, dict[str, dict[str, str]]]:
     """Facts of the invented world: family -> relation -> subject -> answer."""
-    rng, taken = Random(WORLD_SEED), set()
+    rng = Random(WORLD_SEED)
+    taken: set[str] = set()
     people = _names(rng, 160, 2, ("", "n", "s"), taken)
     countries = _names(rng, 64, 1, ("land", "nia", "stan", "via"), taken)
     cities = _names(rng, 128, 1, ("burg", "ton", "mouth", "ville", "ford"), taken)

@@ -17,7 +17,7 @@ ASK = " ="  # an input is a subject and this: a list line without its answer
 class Task:
     """One task: inputs go to the model as they are, a prompt stands before them, the tokenizer's eos ends the answer.
 
-    `train` and `test` hold `(input, target)`, for instance `("gola =", " bakton")`, and share no subject.
+    `train` and `test` hold `(input, target)`, for instance `("gevia =", " nemouth")`, and share no subject.
     `hand_written` is the best of `phrasings` on `train`: a template with the slot `{x}`.
     """
 
@@ -51,14 +51,14 @@ TRAINING = {
 }
 
 
-# name, skill of the corpus, description, index of the phrasing that scored best on the training inputs
+# name (also of the skill), description, index of the phrasing that scored best on the training inputs
 _TASKS = (
     ("capital", "the capital of a country", 0),
     ("homeland", "the country a person comes from", 0),
     ("job", "what a person works as", 0),
-    ("plural", "the plural of a noun", 0),
-    ("reverse", "a word backwards, letter by letter", 0),
-    ("words", "a number in words", 0),
+    ("plural", "the plural of a noun", 1),
+    ("reverse", "a word backwards, letter by letter", 1),
+    ("words", "a number in words", 1),
     ("tone", "whether a review is good or bad", 0),
     ("topic", "what a review is about", 0),
 )

@@ -101,7 +101,7 @@ class MixedTrainer(Trainer):
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     """Sum over prompts of the mean cross-entropy of their rows' labelled tokens.
 
-    Logits `[B, N, C]`; labels `[B, N]`, -100 where there is none, each for the token before it.
+    Logits `[B, N, C]`; labels `[B, N]`, -100 where there is none, each predicted at the token before it.
     """
     names, wanted = list(dict.fromkeys(prompts)), labels[:, 1:]
     owner = torch.tensor([names.index(name) for name in prompts], device=labels.device)[:, None].expand_as(wanted)

@@ -87,6 +87,14 @@ def test_ratio_leaves_busy_pairs_out_while_a_quiet_one_exists() -> None:
     assert ratio.wall == Spread.of([8.0, 3.0])
 
 
+def test_waiting_for_a_quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([0.0, 5.0, 5.0, 5.0 + measure.BUSY])  # seconds of CPU: a busy look, then a quiet one
+    monkeypatch.setattr(measure, "_system_cpu", lambda: next(used))
+    monkeypatch.setattr(measure.time, "sleep", lambda _: None)
+    assert measure.wait_until_quiet(60.0)
+    assert not measure.wait_until_quiet(0.0)
+
+
 def test_agreement_keeps_the_first_and_compares_the_rest() -> None:
     agreement = Agreement("logits", 1e-3)
     agreement.check(torch.tensor([1.0, -2.0]))

@@ -71,8 +71,9 @@ def test_beams_equal_alone(name: str, inputs: dict[str, torch.Tensor]) -> None:
         assert mixed[2 * b : 2 * b + 2, -10:].tolist() == alone[:, -10:].tolist()
 
 
-def test_beams_of_an_encoder_decoder() -> None:
-    model = prompted(zoo.seq2seq("t5"))
+@pytest.mark.parametrize("name", ["t5", "bart", "m2m_100"])
+def test_beams_of_an_encoder_decoder(name: str) -> None:
+    model = prompted(zoo.seq2seq(name))
     ids = torch.randint(3, zoo.VOCAB, (4, 9))
     options = dict(max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None)
     mixed = model.generate(input_ids=ids, prompts=ROWS, **options)
@@ -290,3 +291,87 @@ def test_a_retrained_prompt_is_read_anew() -> None:
         trained = model(input_ids=ids, prompts="prefix").logits.detach()
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(after, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast(inputs: dict[str, torch.Tensor]) -> None:
+    model = prompted(zoo.causal("llama"))
+    real = inputs["attention_mask"].bool()
+    model(**inputs, labels=targets(inputs), prompts=ROWS).loss.backward()
+    exact = {n: p.grad.clone() for n, p in model.library.named_parameters()}
+    model.zero_grad()
+    with torch.no_grad():
+        expected = model(**inputs, prompts=ROWS).logits[real]
+        bare = model(**inputs).logits[real]
+        with torch.autocast("cpu", torch.bfloat16):
+            got, bare_error = model(**inputs, prompts=ROWS).logits[real], model(**inputs).logits[real] - bare
+    assert (got - expected).abs().max() <= 2 * bare_error.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs, labels=targets(inputs), prompts=ROWS).loss
+    loss.backward()
+    for n, p in model.library.named_parameters():
+        assert torch.nn.functional.cosine_similarity(p.grad.flatten(), exact[n].flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_classifying_decoder_pools_the_last_real_token(name: str, side: str) -> None:
+    import transformers
+
+    prefix, arguments = zoo.CAUSAL[name]
+    cls = getattr(transformers, f"{prefix}ForSequenceClassification")
+    torch.manual_seed(0)
+    model = fp.PromptedModel(cls(zoo.config(prefix, arguments, pad_token_id=0, num_labels=3)))
+    model.add_prompt("prefix", fp.PrefixTuning(num_virtual_tokens=9), num_labels=4)
+    model.add_prompt("embed", fp.PromptTuning(num_virtual_tokens=4))
+    loud(model)
+    ids = torch.randint(3, zoo.VOCAB, (4, 10))
+    lengths = torch.tensor([10, 3, 7, 1])[:, None]
+    mask = (torch.arange(10) < lengths) if side == "right" else (torch.arange(10) >= 10 - lengths)
+    with torch.no_grad():
+        mixed = model(input_ids=ids * mask, attention_mask=mask.long(), prompts=ROWS).logits
+        for b, row in enumerate(ROWS):
+            alone = model(input_ids=ids[b : b + 1, mask[b]], prompts=[row]).logits[0]
+            torch.testing.assert_close(mixed[b, : alone.shape[0]], alone, rtol=1e-4, atol=1e-5)
+            assert mixed[b, alone.shape[0] :].isneginf().all()
+
+
+def test_tuple_outputs() -> None:
+    for backbone in (zoo.causal("llama"), zoo.encoder("bert")):
+        model = prompted(backbone)
+        ids = torch.randint(3, zoo.VOCAB, (4, 6))
+        with torch.no_grad():
+            named = model(input_ids=ids, prompts=ROWS)
+            plain = model(input_ids=ids, prompts=ROWS, return_dict=False)
+        assert isinstance(plain, tuple)
+        torch.testing.assert_close(plain[0], named.logits)
+
+
+def test_labels_of_virtual_tokens_do_not_count() -> None:
+    model = fp.PromptedModel(zoo.encoder("bert", "token_cls"))
+    model.add_prompt("embed", fp.PromptTuning(num_virtual_tokens=5))
+    model.eval()
+    ids, labels = torch.randint(3, zoo.VOCAB, (2, 6)), torch.tensor([[0, 1, -100, 0, 1, 1], [1, 1, 0, 0, -100, -100]])
+    out = model(input_ids=ids, labels=labels, prompts=["embed", None])
+    assert out.logits.shape[1] == 6
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+
+
+def test_the_whole_model_under_torch_compile(inputs: dict[str, torch.Tensor]) -> None:
+    model = prompted(zoo.causal("llama"))
+    with torch.no_grad():
+        expected = model(**inputs, prompts=ROWS).logits
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(**inputs, prompts=ROWS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pipeline_takes_the_model() -> None:
+    from transformers import pipeline
+
+    from fastprompt import demo
+
+    model = fp.PromptedModel(demo.backbone())
+    model.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=5), seed=0)
+    generator = pipeline("text-generation", model=loud(model), tokenizer=demo.tokenizer())
+    options = dict(max_new_tokens=4, do_sample=False)
+    bare, with_prompt = (generator("the capital of", prompts=p, **options)[0]["generated_text"] for p in (None, "p"))
+    assert bare != with_prompt

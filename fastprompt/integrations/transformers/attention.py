@@ -50,6 +50,8 @@ def attention_forward(
         )
     if dropout:
         _warn_dropout()
+    if torch.is_autocast_enabled(query.device.type):  # rotary leaves queries and keys in float32 there
+        query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
     return _prefix_attention(module, query, key, value, attention_mask, scaling, kwargs), None
 
 
@@ -93,8 +95,9 @@ def _prefix_attention(
         )
     else:
         layer = site.layers[mask.next_call(module)] if len(site.layers) > 1 else site.layers[0]
-        rows = mask.batch.layer_rows[layer].to(query.device)
-        prefix_key, prefix_value = mask.batch.keys[layer], mask.batch.values[layer]
+        batch = mask.batch.to_dtype(query.dtype)
+        rows = batch.layer_rows[layer].to(query.device)
+        prefix_key, prefix_value = batch.keys[layer], batch.values[layer]
         if site.relative_bias is not None:
             prefix_bias = site.relative_bias.prefix_columns(mask, query.shape[2], key.shape[2])
     out = ops.prefix_attention(
