@@ -184,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the cases and prints a table; 1 where a check failed or, at full size on a quiet machine, a target was missed."""
+    """Runs the cases and prints a table; 1 where a check failed or a target (full size, quiet machine) was missed."""
     size = QUICK if args.quick else FULL
     torch.set_num_threads(args.threads)
     failed = False

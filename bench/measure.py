@@ -1,7 +1,7 @@
 """Timing on a machine that others may use too: interleaved runs, paired ratios, checks before any ratio.
 
 Wall time counts. Every sample also records process CPU time and how many cores other processes used meanwhile; pairs
-with a busy side are left out of a ratio while a quiet pair exists, and a ratio of busy pairs is shown but proves nothing:
+with a busy side are left out of a ratio while a quiet pair exists. A ratio of busy pairs is shown and proves nothing:
 one preempted thread holds up all others. CPU time is reported beside wall time. With one thread it hardly feels other
 processes; with more it includes the spinning of threads that wait, and misses time in which one thread runs alone.
 """

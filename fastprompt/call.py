@@ -28,7 +28,7 @@ class PreparedCall:
     labels: torch.Tensor | None = None
     as_tuple: bool = False
 
-    def embed(self, prompts: list[torch.Tensor | None]) -> None:
+    def embed(self, prompts: list[torch.Tensor | None], info: Backbone) -> None:
         """Replace input ids by `[prompt | text]` embeddings and move everything per-token along."""
         inputs, ids = self.inputs, self.inputs.pop("input_ids", None)
         if ids is None:
@@ -36,6 +36,7 @@ class PreparedCall:
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         layout = EmbeddedRows.build(self.backbone.get_input_embeddings(), ids, mask, prompts)
+        self.check_room(info, 0, layout.mask)
         decoder_labels = self.backbone.config.is_encoder_decoder
         for name, fill in (("labels", -100), ("token_type_ids", 0)):
             value = inputs.get(name)
@@ -49,13 +50,8 @@ class PreparedCall:
 
     def add_prefixes(self, batch: PrefixBatch, info: Backbone) -> None:
         """Give the rows their prefixes and move their text positions behind them."""
-        limit = info.max_positions
-        own = 0 if limit is None or info.encoder_decoder else int(call_inputs.text_mask(self.inputs).sum(1).max())
-        if limit is not None and batch.longest + own > limit:
-            raise ArgumentError(
-                f"a prompt of {batch.longest} virtual tokens and a text of {own} tokens need {batch.longest + own} "
-                f"positions, the backbone has {limit}: shorten the text or the prompt"
-            )
+        if not info.encoder_decoder:
+            self.check_room(info, batch.longest, call_inputs.text_mask(self.inputs))
         if info.takes_position_ids:
             self.count_positions(batch)
         if info.path == "cache":
@@ -68,6 +64,17 @@ class PreparedCall:
             self.inputs = padded_cache.prepend(self.inputs, batch, mask)
         else:
             self.call.batch = batch
+
+    def check_room(self, info: Backbone, virtual: int, mask: torch.Tensor) -> None:
+        """Refuse a call that a learned position table cannot hold, with the tokens it asks to be generated."""
+        if info.max_positions is None:
+            return
+        own, new = int(mask.sum(1).max()), self.inputs.get("max_new_tokens") or 0
+        if virtual + own + new > info.max_positions:
+            raise ArgumentError(
+                f"{virtual} virtual tokens, {own} of text and {new} to generate need {virtual + own + new} positions, "
+                f"the backbone has {info.max_positions}: shorten the text or the prompt"
+            )
 
     def count_positions(self, batch: PrefixBatch | None) -> None:
         """Set `position_ids` `[B, N]`: over real tokens only, from the prompt's length on."""

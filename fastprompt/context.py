@@ -32,10 +32,12 @@ class AttentionCall:
 class Call:
     """State of one prompted forward (or of all forwards of one `generate`).
 
+    `owner` holds the ids of the backbone's configs: another model run meanwhile (an assistant) is not meant.
     `record` receives `layer -> (key, value)` while a prompt is compiled; `probe` every attention call while a
     backbone is inspected.
     """
 
+    owner: frozenset[int]
     batch: PrefixBatch | None = None
     record: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     probe: list[AttentionCall] | None = None
@@ -54,9 +56,10 @@ class Call:
 _ACTIVE: ContextVar[Call | None] = ContextVar("fastprompt_call", default=None)
 
 
-def active() -> Call | None:
-    """The call under way in this thread, if any."""
-    return _ACTIVE.get()
+def active(owner: frozenset[int] | None = None) -> Call | None:
+    """The call under way in this thread, if any; with `owner`, only that backbone's."""
+    call = _ACTIVE.get()
+    return call if call is None or owner is None or call.owner == owner else None
 
 
 @contextmanager

@@ -132,14 +132,14 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
 
 
-def hook(name: str, module: nn.Module) -> None:
+def hook(name: str, module: nn.Module, owner: frozenset[int]) -> None:
     """Let the backbone's head `module` answer with each row's own head while a call carries heads."""
 
     def replace(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-        call = active()
+        call = active(owner)
         if call is None or call.heads is None:
             return None
-        with activate(Call()):  # a head may run its own module again
+        with activate(Call(owner)):  # a head may run its own module again
             return call.heads.apply(name, module, args[0], output)
 
     module.register_forward_hook(replace)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fastprompt import heads, peft_format, store
 from fastprompt.call import PreparedCall
 from fastprompt.context import Call, activate
-from fastprompt.errors import ArgumentError, UnsupportedError
+from fastprompt.errors import ArgumentError, PromptFileError, UnsupportedError
 from fastprompt.integrations.transformers import inputs as call_inputs
 from fastprompt.integrations.transformers.backbone import inspect_backbone
 from fastprompt.integrations.transformers.source import BackboneSource
@@ -77,7 +77,11 @@ class PromptedModel(nn.Module):
         """
         if name in self.library:
             self.library.add(name, self.library[name])  # raises: the name is taken
+        if num_labels is not None and labels is not None and num_labels != len(labels):
+            raise ArgumentError(f"num_labels is {num_labels}, but labels names {len(labels)}: give one of them")
         if isinstance(config, SoftPrompt):
+            if (num_labels, labels, seed) != (None, None, None):
+                raise ArgumentError("num_labels, labels and seed are for a fresh prompt, and config is a built one")
             prompt = config
         elif isinstance(config, PromptConfig):
             prompt = config.build(self._info.spec, BackboneSource(self._info, self.tokenizer), seed=seed)
@@ -90,19 +94,21 @@ class PromptedModel(nn.Module):
         return self._take(name, prompt)
 
     def load_prompt(
-        self, name: str, path: str | Path, *, trainable: bool = False, task: int | None = None
+        self, name: str, path: str | Path, *, trainable: bool = False, task_id: int | None = None
     ) -> SoftPrompt:
         """Load a prompt under a name: a fastprompt folder, a PEFT adapter folder, or an adapter's id on the hub.
 
         Args:
             trainable: whether its parameters take gradients.
-            task: which task of a PEFT multitask prompt to take.
+            task_id: which task of a PEFT multitask prompt to take.
+        Raises:
+            PromptFileError, IncompatiblePromptError, DuplicatePromptError: nothing is loaded then.
         """
         if name in self.library:
             self.library.add(name, self.library[name])
         folder = _local_folder(path)
         if peft_format.is_peft_folder(folder):
-            prompt = peft_format.read_peft(folder, self._info.spec, **({} if task is None else {"task_id": task}))
+            prompt = peft_format.read_peft(folder, self._info.spec, task_id=task_id)
         else:
             prompt = store.load_prompt(folder, self._info.spec)
         return self._take(name, prompt.requires_grad_(trainable))
@@ -187,6 +193,7 @@ class PromptedModel(nn.Module):
         if rows is None:
             return self.backbone.generate(**kwargs)
         if not self._info.encoder_decoder:
+            self._check_generation(rows, kwargs)
             kwargs = call_inputs.pad_left(kwargs)
         with torch.no_grad(), self._prepared(rows, kwargs) as call:
             return self.backbone.generate(**call.inputs)
@@ -204,6 +211,27 @@ class PromptedModel(nn.Module):
                 f"{self._info.spec.describe()} takes prefixes through its cache, which checkpointing switches off"
             )
         self.backbone.gradient_checkpointing_enable(options)
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused, because it would save the backbone without its prompts."""
+        raise UnsupportedError(
+            "save prompts with save_prompt, the backbone with model.backbone.save_pretrained"
+        )
+
+    push_to_hub = save_pretrained
+
+    def _check_generation(self, rows: Rows, inputs: dict[str, Any]) -> None:
+        """Refuse what a decoder could not generate correctly."""
+        info = self._info
+        kinds = {self.library[r].kind for r in rows if r}
+        if "embedding" in kinds and not info.compiles:
+            raise UnsupportedError(f"{info.spec.describe()} generates with prefixes only: {'; '.join(info.reasons)}")
+        given = [n for n in ("past_key_values", "inputs_embeds") if inputs.get(n) is not None]
+        if info.path == "cache" and given:
+            raise UnsupportedError(
+                f"{info.spec.describe()} takes prefixes through its cache, and generate cannot combine it with "
+                f"{given[0]}: pass input_ids of the whole text"
+            )
 
     def _rows(self, prompts: str | Rows | None, inputs: dict[str, Any]) -> list[str | None] | None:
         """A checked name or None for each row; None when no row has a prompt."""
@@ -226,13 +254,14 @@ class PromptedModel(nn.Module):
         info = self._info
         embedded = [r if r and self.library[r].kind == "embedding" and not info.compiles else None for r in rows]
         prefixed = [r if r and e is None else None for r, e in zip(rows, embedded, strict=True)]
-        call = Call(heads=self._row_heads(rows))
+        call_inputs.check_masks(inputs)
+        call = Call(info.owner, heads=self._row_heads(rows))
         prepared = PreparedCall(dict(inputs), call, self.backbone)
         prepared.name_outputs()
         prepared.own_loss()
         with ExitStack() as stack:
             if any(embedded):
-                prepared.embed(self._embeddings(embedded))
+                prepared.embed(self._embeddings(embedded), info)
             if any(prefixed):
                 if info.path == "none":
                     raise UnsupportedError(f"{info.spec.describe()} cannot take prefixes: {'; '.join(info.reasons)}")
@@ -253,7 +282,7 @@ class PromptedModel(nn.Module):
         self.library.add(name, prompt)
         if prompt.head is not None:
             for module in heads.RowHeads((prompt.head,), (0,)).modules() - self._head_hooks:
-                heads.hook(module, self.backbone.get_submodule(module))
+                heads.hook(module, self.backbone.get_submodule(module), self._info.owner)
                 self._head_hooks.add(module)
         return prompt
 
@@ -266,7 +295,10 @@ def _local_folder(path: str | Path) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json"]))
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # no network, no such repository, no right to it
+        raise PromptFileError(f"{path} is no folder here, and the hub has no prompt of that id: {error}") from error
 
 
 _TASKS = {

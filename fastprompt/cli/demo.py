@@ -143,7 +143,7 @@ def _scores(lines: Sequence[dict[str, Any]]) -> Table:
             "of the\nbackbone",
             "inputs",
             "bare\nbackbone",
-            "written\nby hand",
+            "written\ninstruction",
             "trained\nprompt",
         ),
     )

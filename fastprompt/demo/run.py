@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastprompt.demo.measure import Equality, Row, Timing, compare, exact_match, first_lines, generate, time_ways
-from fastprompt.demo.tasks import tasks
+from fastprompt.demo.tasks import TRAINING, tasks
 from fastprompt.demo.training import Lesson, Listener, Trained, train
 from fastprompt.model import PromptedModel
 from fastprompt.prompts import PrefixTuning, PromptConfig, PromptTuning, PTuning, PTuningV2
 
-# task, method and learning rate of every prompt
-LESSONS: tuple[tuple[str, PromptConfig, float], ...] = (
-    ("capital", PromptTuning(num_virtual_tokens=16, init="vocab"), 0.03),
-    ("plural", PTuning(num_virtual_tokens=12, encoder_hidden_size=64), 0.003),
-    ("job", PrefixTuning(num_virtual_tokens=8, reparameterization="mlp", hidden_size=64), 0.003),
-    ("tone", PTuningV2(num_virtual_tokens=5), 0.03),
+# the task of every prompt and its method; learning rates are `tasks.TRAINING`'s
+LESSONS: tuple[tuple[str, PromptConfig], ...] = (
+    ("capital", PromptTuning(num_virtual_tokens=16, init="vocab")),
+    ("plural", PTuning(num_virtual_tokens=12, encoder_hidden_size=64)),
+    ("job", PrefixTuning(num_virtual_tokens=8, reparameterization="mlp", hidden_size=64)),
+    ("topic", PTuningV2(num_virtual_tokens=5)),
 )
 THROUGH_PEFT = "job"
 TRAINED, BARE, WRITTEN = "trained", "bare", "hand_written"
@@ -31,7 +31,7 @@ VIA_PEFT = f"{THROUGH_PEFT} via PEFT"
 class Settings:
     """How much of everything: `rows` of each task a training step, `timed` rows in a timed batch, `repeats` of it."""
 
-    steps: int = 400
+    steps: int = 150
     rows: int = 16
     test: int = 64
     timed: int = 32
@@ -92,7 +92,7 @@ def run(model: PromptedModel, settings: Settings, out: Path | None, listen: List
         listen: told of progress as (stage, done, in all, remark).
     """
     known = {task.name: task for task in tasks()}
-    lessons = {name: Lesson(known[name], config, rate) for name, config, rate in LESSONS}
+    lessons = {name: Lesson(known[name], config, TRAINING[config.method].learning_rate) for name, config in LESSONS}
     training = train(model, list(lessons.values()), settings.steps, settings.rows, settings.seed, listen)
     if load_through_peft(model, THROUGH_PEFT, VIA_PEFT):
         lessons[VIA_PEFT] = lessons[THROUGH_PEFT]

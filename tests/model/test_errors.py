@@ -89,7 +89,7 @@ def test_more_positions_than_the_backbone_has() -> None:
     model = fp.PromptedModel(zoo.causal("gpt2", n_positions=16))
     model.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=10))
     assert model(input_ids=torch.full((1, 6), 5), prompts="p").logits.shape[1] == 6
-    with pytest.raises(fp.FastPromptError, match="17 positions, the backbone has 16"):
+    with pytest.raises(fp.FastPromptError, match=r"17 positions, the backbone has 16"):
         model(input_ids=torch.full((1, 7), 5), prompts="p")
 
 

@@ -49,7 +49,9 @@ def test_class_labels_and_vocabulary() -> None:
     backbone = zoo.causal("llama")
     model = fp.PromptedModel(backbone, tokenizer=words)
     table = backbone.get_input_embeddings().weight
-    labels = model.add_prompt("l", fp.PromptTuning(num_virtual_tokens=4, init="labels", init_labels=("5", "6 7")), seed=0)
+    labels = model.add_prompt(
+        "l", fp.PromptTuning(num_virtual_tokens=4, init="labels", init_labels=("5", "6 7")), seed=0
+    )
     torch.testing.assert_close(labels()[:2], torch.stack([table[5], (table[6] + table[7]) / 2]))
     sampled = model.add_prompt("v", fp.PromptTuning(num_virtual_tokens=5, init="vocab"), seed=0)
     distance = (sampled()[:, None] - table).abs().amax(-1).amin(1)

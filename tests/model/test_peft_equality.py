@@ -46,7 +46,7 @@ def ours(backbone: Any, adapter: Any, folder: Path) -> tuple[fp.PromptedModel, A
     adapter.save_pretrained(folder)
     model = fp.PromptedModel(backbone)
     multitask = "MULTITASK" in str(adapter.peft_config["default"].peft_type)
-    prompt = model.load_prompt("it", folder, trainable=True, task=TASK if multitask else None)
+    prompt = model.load_prompt("it", folder, trainable=True, task_id=TASK if multitask else None)
     return model.eval(), prompt
 
 

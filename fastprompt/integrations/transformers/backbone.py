@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 from fastprompt.context import AttentionCall, Call, activate
@@ -32,6 +33,7 @@ class Backbone:
     path: str
     spec: BackboneSpec
     layer_devices: tuple[torch.device, ...]
+    owner: frozenset[int]  # ids of the model's configs, by which its own calls know it
     takes_position_ids: bool
     reasons: list[str] = field(default_factory=list)
     compiles: bool = False
@@ -73,6 +75,11 @@ class Backbone:
             return self.compile([self.model.get_input_embeddings()(ids.to(self.device))])[0]
 
     def _run_and_record(self, inputs: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if isinstance(self.model, FSDPModule):
+            raise UnsupportedError(
+                "an embedding prompt runs through the backbone's body alone, whose outermost weights FSDP has sharded: "
+                "use a prefix, or shard the decoder layers only"
+            )
         body = self.model.base_model
         if self.path == "cache":
             cache = DynamicCache()
@@ -80,7 +87,7 @@ class Backbone:
             layers: list[Any] = cache.layers
             return [(layer.keys, layer.values) for layer in layers]
         record: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        with activate(Call(record=record)):
+        with activate(Call(self.owner, record=record)):
             body(inputs_embeds=inputs, use_cache=False)
         return [record[i] for i in range(self.spec.num_layers)]
 
@@ -98,10 +105,17 @@ def inspect_backbone(model: PreTrainedModel) -> Backbone:
         )
     model.requires_grad_(False)
     attention.register()
-    calls, why_not = _probe_attention(model)
-    if calls is None:
-        return _without_interface(model, why_not)
-    return _with_interface(model, calls)
+    training = model.training
+    model.eval()  # the probe draws no dropout
+    try:
+        calls, why_not = _probe_attention(model)
+        return _without_interface(model, why_not) if calls is None else _with_interface(model, calls)
+    finally:
+        model.train(training)
+
+
+def _configs(model: Any) -> frozenset[int]:
+    return frozenset(id(m.config) for m in model.modules() if hasattr(m, "config"))
 
 
 def _probe_inputs(model: Any) -> dict[str, torch.Tensor]:
@@ -120,7 +134,7 @@ def _probe_attention(model: Any) -> tuple[list[AttentionCall] | None, str]:
     try:
         model.set_attn_implementation(EAGER_NAME if original == "eager" else attention.NAME)
         probe: list[AttentionCall] = []
-        with torch.no_grad(), activate(Call(probe=probe)):
+        with torch.no_grad(), activate(Call(_configs(model), probe=probe)):
             (model if model.config.is_encoder_decoder else model.base_model)(**_probe_inputs(model))
     except Exception as error:  # whatever an architecture does with a foreign implementation, it can go the other way
         model.set_attn_implementation(original)
@@ -227,14 +241,14 @@ def _describe(
         causal=causal,
         encoder_decoder=bool(model.config.is_encoder_decoder),
     )
-    explicit = positions.takes_position_ids(model)
+    explicit, owner = positions.takes_position_ids(model), _configs(model)
     local = path == "cache" and "local" in getattr(model.config, "attention_layers", ())
     if path == "attention":
         if explicit:
             reasons.append("text positions are given as position_ids")
-        elif hooked := positions.hook_position_tables(model):
+        elif hooked := positions.hook_position_tables(model, owner):
             reasons.append(f"text positions are moved in {', '.join(hooked)}")
         else:
             reasons.append("positions are relative: nothing to move")
     limit, window = positions.learned_positions(model), model.config.window_size if local else None
-    return Backbone(model, path, spec, tuple(devices), explicit, reasons, compiles, limit, window)
+    return Backbone(model, path, spec, tuple(devices), owner, explicit, reasons, compiles, limit, window)

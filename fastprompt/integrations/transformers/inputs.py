@@ -28,12 +28,19 @@ def tokens(inputs: dict[str, Any]) -> torch.Tensor:
     return given
 
 
+def check_masks(inputs: dict[str, Any]) -> None:
+    """Attention masks must say which tokens are real, `[B, tokens]`; a 4-D pattern leaves no place for prompts."""
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = inputs.get(name)
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            came = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ArgumentError(f"{name} is {came}, expected a tensor [B, tokens] of ones and zeros with prompts")
+
+
 def text_mask(inputs: dict[str, Any]) -> torch.Tensor:
     """The 2-D mask int64 `[B, seen + N]` of real own tokens; all ones where none was given."""
     mask, own = inputs.get("attention_mask"), tokens(inputs)
     if mask is not None:
-        if mask.dim() != 2:
-            raise ArgumentError(f"attention_mask has shape {list(mask.shape)}, expected [B, tokens] with prompts")
         return mask.to(torch.int64)
     cache = inputs.get("past_key_values")
     seen = 0

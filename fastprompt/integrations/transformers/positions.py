@@ -8,6 +8,7 @@ forward hook on the embedding module moves them.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,17 +48,19 @@ def learned_positions(model: Any) -> int | None:
     return min(sizes, default=None)
 
 
-def hook_position_tables(model: Any) -> list[str]:
+def hook_position_tables(model: Any, owner: frozenset[int]) -> list[str]:
     """Hook the position modules a prefix must move; returns their names."""
     tables = _tables(model)
     for module in tables.values():
-        module.register_forward_hook(_shift_positions, with_kwargs=True)
+        module.register_forward_hook(partial(_shift_positions, owner), with_kwargs=True)
     return list(tables)
 
 
-def _shift_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _shift_positions(
+    owner: frozenset[int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     """Forward hook: the module's output at positions moved by each row's prompt length."""
-    call = active()
+    call = active(owner)
     if call is None or call.batch is None or not call.batch.longest:
         return None
     first = next(a for a in (*args, *kwargs.values()) if a is not None)
