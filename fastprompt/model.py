@@ -214,9 +214,7 @@ class PromptedModel(nn.Module):
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         """Refused, because it would save the backbone without its prompts."""
-        raise UnsupportedError(
-            "save prompts with save_prompt, the backbone with model.backbone.save_pretrained"
-        )
+        raise UnsupportedError("save prompts with save_prompt, the backbone with model.backbone.save_pretrained")
 
     push_to_hub = save_pretrained
 

@@ -138,3 +138,72 @@ def test_empty_batch_and_nothing_at_all(model: fp.PromptedModel) -> None:
 def test_four_dimensional_masks_are_refused_with_prompts(model: fp.PromptedModel) -> None:
     with pytest.raises(fp.FastPromptError, match="attention_mask"):
         model(input_ids=IDS, attention_mask=torch.ones(2, 1, 3, 3), prompts="one")
+
+
+def test_masks_that_leave_no_place_for_prompts(model: fp.PromptedModel) -> None:
+    t5 = fp.PromptedModel(zoo.seq2seq("t5"))
+    t5.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=3))
+    with pytest.raises(fp.FastPromptError, match="decoder_attention_mask"):
+        t5(input_ids=IDS, decoder_input_ids=IDS, decoder_attention_mask=torch.ones(2, 1, 3, 3), prompts="p")
+
+
+def test_labels_that_contradict(model: fp.PromptedModel) -> None:
+    classify = fp.PromptedModel(zoo.encoder("bert"))
+    with pytest.raises(fp.FastPromptError, match="num_labels is 5, but labels names 2"):
+        classify.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=3), num_labels=5, labels=["a", "b"])
+    with pytest.raises(fp.FastPromptError, match="fresh prompt"):
+        model.add_prompt("p", model.library["one"].collapse(), seed=3)
+    assert classify.prompt_names == []
+
+
+def test_generating_past_the_backbones_positions() -> None:
+    model = fp.PromptedModel(zoo.causal("gpt2", n_positions=32))
+    model.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=10))
+    with pytest.raises(fp.FastPromptError, match="20 to generate need 33 positions"):
+        model.generate(input_ids=IDS, prompts="p", max_new_tokens=20, do_sample=False)
+
+
+def test_an_encoders_positions_hold_prompt_and_text() -> None:
+    model = fp.PromptedModel(zoo.encoder("bert", max_position_embeddings=16))
+    model.add_prompt("p", fp.PromptTuning(num_virtual_tokens=14))
+    with pytest.raises(fp.FastPromptError, match="17 positions, the backbone has 16"):
+        model(input_ids=IDS, prompts="p")
+
+
+def test_the_cache_path_refuses_what_it_would_get_wrong() -> None:
+    model = fp.PromptedModel(zoo.causal("gptj"))
+    model.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=3))
+    embeds = model.backbone.get_input_embeddings()(IDS)
+    with pytest.raises(fp.FastPromptError, match="inputs_embeds"):
+        model.generate(inputs_embeds=embeds, prompts="p", max_new_tokens=2)
+
+
+def test_saving_the_whole_without_its_prompts_is_refused(model: fp.PromptedModel, tmp_path: Path) -> None:
+    with pytest.raises(fp.FastPromptError, match="save_prompt"):
+        model.save_pretrained(tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+def test_an_id_that_is_nowhere(model: fp.PromptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(fp.FastPromptError, match="prompts/missing is no folder here"):
+        model.load_prompt("x", "prompts/missing")
+
+
+def test_a_decoder_that_is_not_all_attention() -> None:
+    """Prefixes enter its attention layers; embedding prompts work in forward, and generate refuses them."""
+    import transformers as tf
+
+    arguments = zoo.CAUSAL["llama"][1] | dict(
+        layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False
+    )
+    model = fp.PromptedModel(tf.Lfm2ForCausalLM(tf.Lfm2Config(**arguments)).eval()).eval()
+    model.add_prompt("prefix", fp.PrefixTuning(num_virtual_tokens=3))
+    model.add_prompt("embed", fp.PromptTuning(num_virtual_tokens=4))
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with torch.no_grad():
+        mixed = model(input_ids=IDS, attention_mask=mask, prompts=["prefix", "embed"]).logits
+        alone = model(input_ids=IDS[1:, :2], prompts=["embed"]).logits
+    torch.testing.assert_close(mixed[1:, :2], alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(fp.FastPromptError, match="prefixes only"):
+        model.generate(input_ids=IDS, prompts=["prefix", "embed"], max_new_tokens=2)

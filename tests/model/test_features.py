@@ -85,9 +85,9 @@ def test_beams_of_an_encoder_decoder(name: str) -> None:
 def test_assisted_generation_is_greedy_generation(assistant_prompted: bool) -> None:
     model = prompted(zoo.causal("llama"))
     ids = torch.randint(3, zoo.VOCAB, (1, 8))
-    assistant: Any = zoo.causal("llama", seed=4)
+    assistant: Any = zoo.causal("llama", seed=4, num_hidden_layers=2, num_key_value_heads=4)
     if assistant_prompted:
-        assistant = copy.deepcopy(model.backbone)
+        assistant = prompted(assistant)
     for row in ("prefix", "embed", None):
         expected = model.generate(input_ids=ids, prompts=[row], **GREEDY)
         got = model.generate(input_ids=ids, prompts=[row], assistant_model=assistant, **GREEDY)

@@ -11,6 +11,8 @@ import pytest
 import torch
 import zoo
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 import fastprompt as fp
@@ -171,20 +173,29 @@ def _ddp_worker(rank: int, store: str, out: str) -> None:
     rows = ["a", "b", "b", None]
     mine = slice(2 * rank, 2 * rank + 2)
     model(input_ids=ids[mine], labels=ids[mine], prompts=rows[mine]).loss.backward()
+    grads = {n: p.grad for n, p in model.module.library.named_parameters()}
+    sharded = prompted(zoo.causal("llama"), a=PREFIX, b=fp.PTuningV2(num_virtual_tokens=3))
+    for module in (*sharded.backbone.model.layers, sharded.backbone):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    sharded(input_ids=ids[mine], labels=ids[mine], prompts=rows[mine]).loss.backward()
+    for n, p in sharded.library.named_parameters():
+        grads[f"sharded {n}"] = p.grad if p.grad is not None else torch.zeros_like(p)
+        torch.distributed.all_reduce(grads[f"sharded {n}"])
     if rank == 0:
-        torch.save({n: p.grad for n, p in model.module.library.named_parameters()}, out)
+        torch.save(grads, out)
     torch.distributed.destroy_process_group()
 
 
 def test_data_parallel_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path / "store"), str(tmp_path / "grads")), nprocs=2)
     grads = torch.load(tmp_path / "grads", weights_only=True)
-    torch.manual_seed(0)
-    model = prompted(zoo.causal("llama"), a=PREFIX, b=EMBED)
     ids = torch.arange(3, 3 + 4 * 8).view(4, 8)
-    model(input_ids=ids, labels=ids, prompts=["a", "b", "b", None]).loss.backward()
-    for n, p in model.library.named_parameters():
-        torch.testing.assert_close(grads[n], p.grad, rtol=1e-4, atol=1e-6)
+    torch.manual_seed(0)
+    for start, scale, b in (("", 1, EMBED), ("sharded ", 2, fp.PTuningV2(num_virtual_tokens=3))):
+        model = prompted(zoo.causal("llama"), a=PREFIX, b=b)
+        model(input_ids=ids, labels=ids, prompts=["a", "b", "b", None]).loss.backward()
+        for n, p in model.library.named_parameters():
+            torch.testing.assert_close(grads[start + n] / scale, p.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_no_grad_memory_of_the_prefix_does_not_grow_with_rows() -> None:
