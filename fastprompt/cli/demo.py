@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -41,6 +42,9 @@ def demo(
     backbone: Annotated[str, typer.Option("--backbone", help=HELP)] = EMBEDDED,
     out: Annotated[Path, typer.Option(help="Where the trained prompts are saved.")] = Path("demo-prompts"),
     quick: Annotated[bool, typer.Option("--quick", help="A few steps and rows: shows that everything runs.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; 1 for the embedded backbone, which is too small for more.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a prompt by each method, answer with all of them in one batch, check and time it."""
@@ -50,6 +54,8 @@ def demo(
     from fastprompt.demo.run import QUICK, Settings, run
 
     started = time.perf_counter()
+    if threads or backbone == EMBEDDED:
+        torch.set_num_threads(threads or 1)
     options = {} if backbone == EMBEDDED else {"dtype": torch.float32}
     model = PromptedModel(load_backbone(backbone, **options), load_tokenizer(backbone))
     if not model.can_generate() or model.config.is_encoder_decoder:
@@ -106,7 +112,7 @@ def _render(data: dict[str, Any]) -> None:
         f"Prompts trained together in one run: {training['steps']} steps of {training['rows_per_step']} mixed rows in "
         f"{training['seconds']:.0f} s; {kept}.\n"
     )
-    console.print(_scores(data["lines"]))
+    _print_scores(data["lines"])
     if data["quick"]:
         console.print("Trained for a moment only: leave out --quick to see what the prompts can learn.", style="yellow")
     if not data["embedded"]:
@@ -115,17 +121,17 @@ def _render(data: dict[str, Any]) -> None:
             "it: scores on another backbone may be poor.",
             style="yellow",
         )
-    console.print(_examples(data["examples"], data["batch"]))
-    _render_equality(data["equality"], data["green"])
+    _print_examples(data["examples"], data["batch"])
+    _print_equality(data["equality"], data["green"])
     if data["timing"]:
-        console.print(_times(data["timing"], data["threads"]))
+        _print_times(data["timing"], data["threads"])
     console.print(f"\nDone in {data['seconds']:.0f} s. The prompts are in {data['out']}; go on with:", markup=False)
     for command in data["next"]:
         console.print(f"  {command}", style="cyan", markup=False, soft_wrap=True)
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+def _table(left: Sequence[str], right: Sequence[str] = ()) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in left:
         table.add_column(column)
     for column in right:
@@ -133,59 +139,48 @@ def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
     return table
 
 
-def _scores(lines: Sequence[dict[str, Any]]) -> Table:
-    table = _table(
-        "Exact match on held-out inputs",
-        ("task", "method"),
-        (
-            "virtual\ntokens",
-            "trained\nparameters",
-            "of the\nbackbone",
-            "inputs",
-            "bare\nbackbone",
-            "written\ninstruction",
-            "trained\nprompt",
-        ),
-    )
+def _print_scores(lines: Sequence[dict[str, Any]]) -> None:
+    numbers = ("virtual\ntokens", "trained\nparameters", "bare\nmodel", "written\nprompt", "trained\nprompt")
+    table = _table(("prompt", "method"), numbers)
     for line in lines:
         table.add_row(
-            line["task"],
-            _METHODS[line["method"]] + (", via PEFT" if line["via_peft"] else ""),
+            line["prompt"],
+            _METHODS[line["method"]],
             str(line["virtual_tokens"]),
-            f"{line['trained_parameters']:,}",
-            f"{line['share']:.1%}",
-            str(line["tested"]),
+            f"{line['trained_parameters']:,} ({line['share']:.1%})",
             *(f"{line[score]:.0%}" for score in ("bare", "hand_written", "trained")),
         )
-    return table
+    counts = sorted(line["tested"] for line in lines)
+    console.print(f"[bold]Exact match on held-out inputs[/], {counts[0]} to {counts[-1]} a task")
+    console.print(table)
 
 
-def _examples(examples: Sequence[dict[str, Any]], batch: int) -> Table:
-    table = _table(f"{len(examples)} of the {batch} rows of one mixed batch", ("prompt", "input", "answer"))
+def _print_examples(examples: Sequence[dict[str, Any]], batch: int) -> None:
+    table = _table(("prompt", "input", "answer"))
     for example in examples:
         table.add_row(*(Text(text or "none") for text in example.values()))
-    return table
+    console.print(f"[bold]One mixed batch[/]: {len(examples)} of its {batch} rows")
+    console.print(table)
 
 
-def _render_equality(equality: dict[str, Any], green: bool) -> None:
+def _print_equality(equality: dict[str, Any], green: bool) -> None:
     console.print(
         f"{equality['identical']} of {equality['rows']} answers under {equality['prompts']} prompts are token by token "
         f"those that each row gets alone; logits differ by at most {equality['logit_difference']:.1e} of their scale "
-        f"({equality['tolerance']:.0e} allowed).",
+        f"({equality['tolerance']:.0e} allowed).\n",
         style="green" if green else "red",
     )
     if not green:
         console.print("A mixed batch and rows alone differ, so no times are shown.", style="red")
 
 
-def _times(timing: dict[str, Any], threads: int) -> Table:
-    table = _table(
-        f"{timing['rows']} rows, {timing['prompts']} kinds (prompts and none), {threads} threads, "
-        f"median of {timing['repeats']} turns",
-        ("the same answers",),
-        ("seconds", "against mixed"),
-    )
-    ways = {"mixed": "in one mixed batch", "by_prompt": "in a batch for each prompt", "one_by_one": "row by row"}
+def _print_times(timing: dict[str, Any], threads: int) -> None:
+    table = _table(("",), ("seconds", "against mixed"))
+    ways = {"mixed": "one mixed batch", "by_prompt": "a batch for each prompt", "one_by_one": "row by row"}
     for way, label in ways.items():
         table.add_row(label, f"{timing[way]:.3f}", f"{timing[way] / timing['mixed']:.1f}x")
-    return table
+    console.print(
+        f"[bold]The same answers in three ways[/]: {timing['rows']} rows under {timing['prompts']} prompts and none, "
+        f"median of {timing['repeats']} turns, CPU threads: {threads}"
+    )
+    console.print(table)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -107,8 +108,8 @@ def _name(name: str) -> str | None:
 
 
 def _render(data: dict[str, Any]) -> None:
-    table = Table("prompt", "text", "output")
+    table = Table("prompt", "text", "output", box=SIMPLE_HEAD, pad_edge=False)
     for row in data["rows"]:
         table.add_row(Text(row["prompt"] or BARE), Text(row["text"]), Text(row["output"].strip()))
     console.print(table)
-    console.print(f"{len(data['rows'])} rows in one batch, {data['seconds']:.2f} s", style="dim")
+    console.print(f"rows in one batch: {len(data['rows'])}, {data['seconds']:.2f} s", style="dim")

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fastprompt.cli.backbones import OptionalBackbone, load_backbone
@@ -104,7 +105,7 @@ def _render(data: dict[str, Any]) -> None:
 
 
 def _ops_table(rows: list[dict[str, Any]], chosen: dict[str, dict[str, str]]) -> Table:
-    table = Table(title="Ops", title_justify="left", title_style="bold")
+    table = Table(title="Ops", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("op", "implementation", "here", "reason"):
         table.add_column(column)
     op = None

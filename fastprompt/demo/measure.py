@@ -110,7 +110,7 @@ def time_ways(model: PromptedModel, rows: Sequence[Row], max_new_tokens: int, re
             seconds[way].append(time.perf_counter() - started)
         listen("time", turn + 1, repeats + 1, f"{len(rows)} rows")
     medians = {way: statistics.median(values[1:]) for way, values in seconds.items()}
-    return Timing(len(rows), len(names), repeats, **medians)
+    return Timing(len(rows), len({row.prompt for row in rows if row.prompt}), repeats, **medians)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def test_a_single_prompt_needs_no_use(run, backbone, prompts):
     options = ["--prompt", f"only={prompts / 'soft'}", "--text", "x", "--max-new-tokens", 2]
     assert json.loads(run("generate", "--backbone", backbone, *options, "--json").stdout)["rows"][0]["prompt"] == "only"
     table = run("generate", "--backbone", backbone, *options).stdout
-    assert "only" in table and "1 rows in one batch" in table
+    assert "only" in table and "rows in one batch: 1" in table
 
 
 def test_lines_from_stdin(run, loaded):
