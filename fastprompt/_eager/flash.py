@@ -6,12 +6,13 @@ given the joint output and lse, returns the gradients of the keys it is shown.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fastprompt._eager import groups
+from fastprompt._eager import groups, staging
 from fastprompt._eager.problem import INF, Problem
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -30,12 +31,8 @@ def forward(pb: Problem) -> tuple[Tensor, Tensor]:
     """`out [B, Hq, N, D]` and `lse [B, Hq, N]`, both in float32 at least."""
     out, lse = _own(pb.without_padding())
     out = out.to(lse.dtype)
-    if pb.groups.step is not None and pb.q.shape[2] == 1:
-        _merge(out, lse, *_even_prefixes(pb))
-    else:
-        for rows, start, length in pb.groups:
-            if length:
-                _merge_rows(out, lse, rows, *_prefix(pb, rows, start, length))
+    for rows, part, part_lse in _prefixes(pb):
+        _merge_rows(out, lse, rows, part, part_lse)
     if pb.sinks is not None:
         sinks = pb.sinks.to(lse.dtype)[:, None]
         out *= torch.sigmoid(lse - sinks)[..., None]
@@ -86,30 +83,41 @@ def _additive(pb: Problem) -> Tensor | None:
     return torch.zeros(pb.own_mask.shape, dtype=pb.q.dtype).masked_fill_(~pb.own_mask, -INF)
 
 
-def _prefix(pb: Problem, rows: list[int], start: int, length: int) -> tuple[Tensor, Tensor]:
-    """Attention of the rows of one prompt to it: `out [R, Hq, N, D]`, `lse [R, Hq, N]`."""
+def _prefixes(pb: Problem) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Rows with their attention to their prompts: `out [R, Hq, N, D]`, `lse [R, Hq, N]`."""
+    each = pb.groups.counts[0] if pb.groups.alike else 0
+    if each == 1 or (each and pb.q.shape[2] == 1):
+        for at, (k, v) in staging.stages(pb.groups, pb.prefix_k, pb.prefix_v):
+            rows = pb.groups.order[at.start * each : at.stop * each]
+            yield rows, *_attend_prompts(pb, rows, k.transpose(0, 1), v.transpose(0, 1), _within(pb, at))
+    else:
+        for rows, start, length in pb.groups:
+            if length:
+                k, v = (a.narrow(1, start, length)[None] for a in (pb.prefix_k, pb.prefix_v))
+                yield rows, *_attend_prompts(pb, rows, k, v, None)
+
+
+def _attend_prompts(pb: Problem, rows: list[int], k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows, as many for each prompt, over prompts `k`, `v` `[groups, Hkv, P, D]`."""
     q = _take(pb.q, rows)
-    k, v = (a.narrow(1, start, length)[None] for a in (pb.prefix_k, pb.prefix_v))
     count, heads, queries, dim = q.shape
-    if queries > 1:
-        return _attend(q, k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1), 0.0, False, scale=pb.scale)
-    folded = groups.fold(q.reshape(count, k.shape[1], -1, dim))[None]
-    out, lse = _attend(folded, k, v, 0.0, False, scale=pb.scale)
-    out = groups.unfold(out[0], count)
-    return out.reshape(count, heads, 1, dim), groups.unfold(lse[0, ..., None], count).reshape(count, heads, 1)
+    if queries > 1:  # folding would copy the queries, and they fill a product of their own
+        k, v = (a.expand(count, -1, -1, -1) for a in (k, v))
+        return _attend(q, k, v, 0.0, False, attn_mask=mask, scale=pb.scale)
+    prompts, kv_heads = k.shape[:2]
+    q = q.reshape(prompts, -1, kv_heads, heads // kv_heads, dim).transpose(1, 2).flatten(2, 3)  # [groups, Hkv, R*G, D]
+    out, lse = _attend(q, k, v, 0.0, False, attn_mask=mask, scale=pb.scale)
+    out, lse = (x.unflatten(2, (count // prompts, -1)).transpose(1, 2) for x in (out, lse))  # [groups, R, Hkv, G, ...]
+    return out.reshape(count, heads, 1, dim), lse.reshape(count, heads, 1)
 
 
-def _even_prefixes(pb: Problem) -> tuple[Tensor, Tensor]:
-    """Attention of single queries to prompts that lie at one distance: one call for all of them."""
-    batch, heads, _, dim = pb.q.shape
-    k, v = (pb.groups.evenly(a).permute(1, 0, 3, 2) for a in (pb.prefix_k, pb.prefix_v))  # [groups, Hkv, P, D]
-    count, kv_heads = k.shape[:2]
-    rows = batch // count
-    q = pb.groups.sort(pb.q.reshape(batch, kv_heads, -1, dim)).unflatten(0, (count, rows))  # [groups, R, Hkv, G, D]
-    out, lse = _attend(q.transpose(1, 2).flatten(2, 3), k, v, 0.0, False, scale=pb.scale)
-    out = out.unflatten(2, (rows, -1)).transpose(1, 2).reshape(batch, heads, 1, dim)
-    lse = lse.unflatten(2, (rows, -1)).transpose(1, 2).reshape(batch, heads, 1)
-    return pb.groups.unsort(out), pb.groups.unsort(lse)
+def _within(pb: Problem, at: slice) -> Tensor | None:
+    """The mask `[groups, 1, 1, P]` of staged prompts of unequal length."""
+    if not pb.groups.ragged:
+        return None
+    ends = torch.tensor(pb.groups.lens[at])[:, None, None, None]
+    hidden = torch.arange(pb.groups.width) >= ends
+    return torch.zeros(hidden.shape, dtype=pb.q.dtype).masked_fill_(hidden, -INF)
 
 
 def _prefix_backward(

@@ -12,9 +12,13 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastprompt._eager import staging
 from fastprompt.errors import ArgumentError
 from fastprompt.plan import BatchPlan, unpack
+
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # plan -> (extents, their groups)
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,24 @@ class Groups:
 
     @classmethod
     def build(cls, plan: Tensor | None, starts: list[int], lens: list[int], tokens: int) -> Groups:
-        """Groups of a packed plan (made here when None) with the extents of this call's arena of `tokens` tokens."""
+        """Groups of a packed plan (made here when None) with the extents of this call's arena of `tokens` tokens.
+
+        The layers of a step share a plan: its groups are kept as long as it lives.
+        """
+        extents = (starts, lens, tokens)
+        if plan is None:
+            return cls._build(
+                BatchPlan.build([s if n else 0 for s, n in zip(starts, lens, strict=True)], lens).packed, *extents
+            )
+        known = _KNOWN.get(plan)
+        if known is None or known[0] != extents:
+            known = _KNOWN[plan] = (extents, cls._build(plan, *extents))
+        return known[1]
+
+    @classmethod
+    def _build(cls, plan: Tensor, starts: list[int], lens: list[int], tokens: int) -> Groups:
         starts = [s if n else 0 for s, n in zip(starts, lens, strict=True)]
-        order, offsets = unpack(BatchPlan.build(starts, lens).packed if plan is None else plan)
+        order, offsets = unpack(plan)
         if len(order) != len(starts):
             raise ArgumentError(f"plan holds {len(order)} rows, the batch has {len(starts)}; build a plan for it")
         heads = [order[at] for at in offsets[:-1]]
@@ -38,7 +57,7 @@ class Groups:
         groups = cls(order, counts, [starts[row] for row in heads], [lens[row] for row in heads])
         check_extents(heads, groups.starts, groups.lens, tokens, "prefix_start and prefix_len")
         groups._verify(starts, lens)
-        return groups._in_row_order() if groups.single and groups.step is None else groups
+        return groups._in_row_order() if groups.single and min(lens, default=0) > 0 else groups
 
     def _verify(self, starts: list[int], lens: list[int]) -> None:
         """Every row of a group has the group's extent."""
@@ -75,13 +94,22 @@ class Groups:
         return min(self.lens, default=0) != self.width
 
     @cached_property
-    def step(self) -> int | None:
-        """The distance of the extents where all groups look alike and follow at one distance: one strided view then."""
-        if len(self.counts) < 2 or self.width == 0 or self.ragged or min(self.counts) != max(self.counts):
-            return None
-        step = self.starts[1] - self.starts[0]
-        even = all(b - a == step for a, b in pairwise(self.starts))
-        return step if even and step > 0 else None
+    def prompted(self) -> int:
+        """Groups with a prompt, where they stand in front of the rows without one."""
+        count = sum(n > 0 for n in self.lens)
+        return count if not any(self.lens[count:]) else 0
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether the groups with a prompt are so even in rows and length that several share one product."""
+        counts, lens = self.counts[: self.prompted], self.lens[: self.prompted]
+        return len(lens) > 1 and min(counts) == max(counts) and 2 * sum(lens) >= len(lens) * self.width
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """`[prompted, P]`: arena tokens of each prompt, its last one repeated up to the longest."""
+        starts, lens = (torch.tensor(v[: self.prompted])[:, None] for v in (self.starts, self.lens))
+        return starts + torch.minimum(torch.arange(self.width), lens - 1)
 
     @cached_property
     def single(self) -> bool:
@@ -105,13 +133,15 @@ class Groups:
 
     def unsort(self, x: Tensor) -> Tensor:
         """Inverse of `sort`."""
-        return x if self.in_order else x.index_select(0, self._sorting[1].to(x.device))
+        return x if self.in_order else x.index_select(0, self._unsorted.to(x.device))
 
-    def evenly(self, arena: Tensor) -> Tensor:
-        """`[Hkv, groups, d, P]`: a view of all extents, transposed, where `step` is not None."""
-        assert self.step is not None
-        span = self.step * (len(self.counts) - 1) + self.width
-        return arena.narrow(1, self.starts[0], span).unfold(1, self.width, self.step)
+    @cached_property
+    def _sorted(self) -> Tensor:
+        return torch.tensor(self.order)
+
+    @cached_property
+    def _unsorted(self) -> Tensor:
+        return torch.tensor(sorted(range(len(self.order)), key=self.order.__getitem__))
 
     def chunks(self, x: Tensor) -> list[Tensor]:
         """Per group the folded rows `[Hkv, R*M, d]` of `x`."""
@@ -157,8 +187,8 @@ def unfold(x: Tensor, rows: int) -> Tensor:
 
 def scores(x: Tensor, arena: Tensor, groups: Groups, fill: float) -> Tensor:
     """Products of each row with its extent: `x [B, Hkv, M, d]` -> `[B, Hkv, M, P]`, `fill` beyond the extent."""
-    if groups.step is not None:
-        return _evenly(x, groups, [k.to(x.dtype) for k in groups.evenly(arena)])
+    if groups.alike:
+        return staging.scores(x, arena, groups, fill)
     keys = _views(arena.mT, 2, groups, x.dtype)
     products = [None if k is None else torch.bmm(c, k) for c, k in zip(groups.chunks(x), keys, strict=True)]
     return groups.join(products, x, groups.width, fill)
@@ -166,8 +196,8 @@ def scores(x: Tensor, arena: Tensor, groups: Groups, fill: float) -> Tensor:
 
 def mix(weights: Tensor, arena: Tensor, groups: Groups) -> Tensor:
     """Weighted sums over each row's extent: `weights [B, Hkv, M, P]` -> `[B, Hkv, M, d]`."""
-    if groups.step is not None:
-        return _evenly(weights, groups, [v.mT.to(weights.dtype) for v in groups.evenly(arena)])
+    if groups.alike:
+        return staging.mix(weights, arena, groups)
     chunks = groups.chunks(weights)
     if groups.ragged:
         chunks = [c.narrow(2, 0, n) for c, n in zip(chunks, groups.lens, strict=True)]
@@ -191,12 +221,3 @@ def _views(arena: Tensor, dim: int, groups: Groups, dtype: torch.dtype) -> Itera
     for s, n in zip(groups.starts, groups.lens, strict=True):
         view = arena.narrow(dim, s, n) if n else None
         yield view if view is None or view.dtype == dtype else view.to(dtype)
-
-
-def _evenly(x: Tensor, groups: Groups, matrices: list[Tensor]) -> Tensor:
-    """`x [B, H, M, a]` times the matrix `[groups, a, b]` of its head and group -> `[B, H, M, b]`."""
-    rows, heads, m, _ = x.shape
-    count = len(groups.counts)
-    split = groups.sort(x).transpose(0, 1).reshape(heads, count, -1, x.shape[3])  # [H, groups, R*M, a]
-    out = torch.stack([torch.bmm(split[h], matrices[h]) for h in range(heads)])
-    return groups.unsort(out.view(heads, rows, m, -1).transpose(0, 1))
