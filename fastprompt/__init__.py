@@ -1,16 +1,26 @@
-"""Soft prompts over one frozen transformer: any mixture of them in a batch, each stored once and read in place."""
+"""Soft prompts over one frozen transformer: any mixture of them in a batch, each stored once and read in place.
+
+The names below are loaded when first used, because transformers takes seconds to import. Besides them:
+`fastprompt.ops` (the ops), `fastprompt.reference` (the oracle), `fastprompt.bank` and `fastprompt.store` (prompts in
+memory and on disk), `fastprompt.demo` (a small backbone), `fastprompt.errors`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fastprompt.errors import FastPromptError
-from fastprompt.model import PromptedModel
-from fastprompt.prompts import (
-    Cartridge,
-    PrefixTuning,
-    PromptConfig,
-    PromptTuning,
-    PTuning,
-    PTuningV2,
-    SoftPrompt,
-)
+
+if TYPE_CHECKING:
+    from fastprompt.model import PromptedModel
+    from fastprompt.prompts import (
+        Cartridge,
+        PrefixTuning,
+        PromptConfig,
+        PromptTuning,
+        PTuning,
+        PTuningV2,
+        SoftPrompt,
+    )
 
 __version__ = "0.1.0"
 
@@ -26,3 +36,13 @@ __all__ = [
     "SoftPrompt",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'fastprompt' has no attribute {name!r}")
+    return getattr(import_module("fastprompt.model" if name == "PromptedModel" else "fastprompt.prompts"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -28,16 +28,26 @@ class AttentionCall:
     relative_bias: bool
 
 
+@dataclass(eq=False)
+class Owner:
+    """A backbone's identity: its configs, of which the parts of a model have one or several."""
+
+    configs: tuple[Any, ...]
+
+    def has(self, config: object) -> bool:
+        return any(config is c for c in self.configs)
+
+
 @dataclass
 class Call:
     """State of one prompted forward (or of all forwards of one `generate`).
 
-    `owner` holds the ids of the backbone's configs: another model run meanwhile (an assistant) is not meant.
+    `owner` is the backbone that is meant: another model may run meanwhile (an assistant).
     `record` receives `layer -> (key, value)` while a prompt is compiled; `probe` every attention call while a
     backbone is inspected.
     """
 
-    owner: frozenset[int]
+    owner: Owner
     batch: PrefixBatch | None = None
     record: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     probe: list[AttentionCall] | None = None
@@ -56,10 +66,10 @@ class Call:
 _ACTIVE: ContextVar[Call | None] = ContextVar("fastprompt_call", default=None)
 
 
-def active(owner: frozenset[int] | None = None) -> Call | None:
+def active(owner: Owner | None = None) -> Call | None:
     """The call under way in this thread, if any; with `owner`, only that backbone's."""
     call = _ACTIVE.get()
-    return call if call is None or owner is None or call.owner == owner else None
+    return call if call is None or owner is None or call.owner is owner else None
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastprompt import ops
-from fastprompt.context import Call, activate, active
+from fastprompt.context import Call, Owner, activate, active
 from fastprompt.errors import ArgumentError
 from fastprompt.prompts import PromptHead
 
@@ -132,14 +133,16 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
 
 
-def hook(name: str, module: nn.Module, owner: frozenset[int]) -> None:
+def hook(name: str, module: nn.Module, owner: Owner) -> None:
     """Let the backbone's head `module` answer with each row's own head while a call carries heads."""
+    module.register_forward_hook(partial(_answer, owner, name))
 
-    def replace(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-        call = active(owner)
-        if call is None or call.heads is None:
-            return None
-        with activate(Call(owner)):  # a head may run its own module again
-            return call.heads.apply(name, module, args[0], output)
 
-    module.register_forward_hook(replace)
+def _answer(
+    owner: Owner, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor | None:
+    call = active(owner)
+    if call is None or call.heads is None:
+        return None
+    with activate(Call(owner)):  # a head may run its own module again
+        return call.heads.apply(name, module, args[0], output)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from fastprompt import heads, peft_format, store
 from fastprompt.call import PreparedCall
 from fastprompt.context import Call, activate
-from fastprompt.errors import ArgumentError, PromptFileError, UnsupportedError
+from fastprompt.errors import ArgumentError, IncompatiblePromptError, UnsupportedError
+from fastprompt.integrations.hub import local_folder
 from fastprompt.integrations.transformers import inputs as call_inputs
 from fastprompt.integrations.transformers.backbone import inspect_backbone
 from fastprompt.integrations.transformers.source import BackboneSource
@@ -86,6 +87,7 @@ class PromptedModel(nn.Module):
         elif isinstance(config, PromptConfig):
             prompt = config.build(self._info.spec, BackboneSource(self._info, self.tokenizer), seed=seed)
             prompt.labels = tuple(labels) if labels else None
+            prompt.task_type = self._info.task_type
             prompt.head = heads.fresh_head(self.backbone, num_labels or (len(labels) if labels else None))
         else:
             raise ArgumentError(
@@ -106,7 +108,7 @@ class PromptedModel(nn.Module):
         """
         if name in self.library:
             self.library.add(name, self.library[name])
-        folder = _local_folder(path)
+        folder = local_folder(path)
         if peft_format.is_peft_folder(folder):
             prompt = peft_format.read_peft(folder, self._info.spec, task_id=task_id)
         else:
@@ -122,7 +124,7 @@ class PromptedModel(nn.Module):
             peft_format.write_peft(
                 path,
                 prompt,
-                task_type=prompt.task_type or _task_type(self.backbone),
+                task_type=prompt.task_type or self._info.task_type,
                 base_model_name_or_path=getattr(self.backbone, "name_or_path", "") or None,
                 overwrite=overwrite,
             )
@@ -277,37 +279,16 @@ class PromptedModel(nn.Module):
         return heads.RowHeads.build([self.library[name].head if name else None for name in rows])
 
     def _take(self, name: str, prompt: SoftPrompt) -> SoftPrompt:
+        """Add a prompt and let its head stand in for the backbone's; nothing is added if it cannot."""
+        modules = heads.RowHeads((prompt.head,), (0,)).modules()
+        known = {module_name for module_name, _ in self.backbone.named_modules()}
+        if missing := modules - known:
+            raise IncompatiblePromptError(
+                f"prompt {name!r} has a head for {', '.join(sorted(missing))}, which {type(self.backbone).__name__} "
+                "does not have: load the backbone with the task's class"
+            )
         self.library.add(name, prompt)
-        if prompt.head is not None:
-            for module in heads.RowHeads((prompt.head,), (0,)).modules() - self._head_hooks:
-                heads.hook(module, self.backbone.get_submodule(module), self._info.owner)
-                self._head_hooks.add(module)
+        for module in modules - self._head_hooks:
+            heads.hook(module, self.backbone.get_submodule(module), self._info.owner)
+            self._head_hooks.add(module)
         return prompt
-
-
-def _local_folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if folder.exists() or folder.is_absolute() or str(path).startswith("."):
-        return folder
-    if str(path).count("/") > 1:
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # no network, no such repository, no right to it
-        raise PromptFileError(f"{path} is no folder here, and the hub has no prompt of that id: {error}") from error
-
-
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-}
-
-
-def _task_type(model: PreTrainedModel) -> str | None:
-    return next((task for suffix, task in _TASKS.items() if type(model).__name__.endswith(suffix)), None)

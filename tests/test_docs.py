@@ -188,3 +188,16 @@ def test_scores_of_the_training_record(record):
     skills = record["skills"].values()
     text = (ROOT / "docs" / "demo.md").read_text()
     assert f"{min(skills):.0%} to {max(skills):.0%}" in text and f"({sum(skills) / len(skills):.0%} on average" in text
+
+
+def test_speed_table_is_the_committed_run():
+    """Every ratio of README's table stands in the results, which were green and quiet."""
+    lines = (ROOT / "bench" / "results" / "main-job-cpu.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert all(r["green"] for r in records if r["kind"] == "check")
+    ratios = [r for r in records if r["kind"] == "ratio"]
+    assert all(r["quiet"] for r in ratios)
+    measured = {"{median:.3f} [{p20:.3f}, {p80:.3f}]".format(**r["wall"]) for r in ratios}
+    shown = [row[2] for row in table(ROOT / "README.md", "time of")]
+    assert len(shown) == 5
+    assert set(shown) <= measured

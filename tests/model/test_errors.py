@@ -207,3 +207,12 @@ def test_a_decoder_that_is_not_all_attention() -> None:
     torch.testing.assert_close(mixed[1:, :2], alone, rtol=1e-4, atol=1e-5)
     with pytest.raises(fp.FastPromptError, match="prefixes only"):
         model.generate(input_ids=IDS, prompts=["prefix", "embed"], max_new_tokens=2)
+
+
+def test_a_head_for_a_module_the_backbone_lacks(tmp_path: Path) -> None:
+    classify = fp.PromptedModel(zoo.encoder("bert"))
+    prompt = classify.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=3), num_labels=2)
+    bare = fp.PromptedModel(zoo.encoder("bert", "qa"))
+    with pytest.raises(fp.FastPromptError, match=r"head for classifier.*BertForQuestionAnswering"):
+        bare.add_prompt("p", prompt.collapse())
+    assert bare.prompt_names == []

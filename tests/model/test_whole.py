@@ -87,8 +87,11 @@ def test_threads_share_a_bank_too_small_for_all() -> None:
     assert model.library.bank.stats().evictions > 0
 
 
-def test_a_deep_copy_is_a_model_of_its_own() -> None:
-    model = prompted(zoo.causal("llama"), a=PREFIX, b=EMBED)
+@pytest.mark.parametrize(
+    "make", [lambda: zoo.causal("llama"), lambda: zoo.encoder("roberta")], ids=["llama", "roberta"]
+)
+def test_a_deep_copy_is_a_model_of_its_own(make: Any) -> None:
+    model = prompted(make(), a=PREFIX, b=EMBED)
     ids = torch.randint(3, zoo.VOCAB, (2, 8))
     with torch.no_grad():
         expected = model(input_ids=ids, prompts=["a", "b"]).logits

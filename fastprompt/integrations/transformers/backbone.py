@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
-from fastprompt.context import AttentionCall, Call, activate
+from fastprompt.context import AttentionCall, Call, Owner, activate
 from fastprompt.errors import ArgumentError, UnsupportedError
 from fastprompt.integrations.transformers import attention, positions
 from fastprompt.integrations.transformers.masks import EAGER_NAME
@@ -19,6 +19,14 @@ from fastprompt.integrations.transformers.relative_bias import RelativeBias
 from fastprompt.spec import BackboneSpec, LayerShape, Prefix
 
 _PROBE_TOKENS = 3
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
 
 
 @dataclass
@@ -33,7 +41,7 @@ class Backbone:
     path: str
     spec: BackboneSpec
     layer_devices: tuple[torch.device, ...]
-    owner: frozenset[int]  # ids of the model's configs, by which its own calls know it
+    owner: Owner
     takes_position_ids: bool
     reasons: list[str] = field(default_factory=list)
     compiles: bool = False
@@ -43,6 +51,11 @@ class Backbone:
     @property
     def encoder_decoder(self) -> bool:
         return self.spec.encoder_decoder
+
+    @property
+    def task_type(self) -> str | None:
+        """The model's task by PEFT's names, None for one they do not cover."""
+        return next((task for suffix, task in _TASKS.items() if type(self.model).__name__.endswith(suffix)), None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,8 +127,9 @@ def inspect_backbone(model: PreTrainedModel) -> Backbone:
         model.train(training)
 
 
-def _configs(model: Any) -> frozenset[int]:
-    return frozenset(id(m.config) for m in model.modules() if hasattr(m, "config"))
+def _owner(model: Any) -> Owner:
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return Owner(tuple(configs.values()))
 
 
 def _probe_inputs(model: Any) -> dict[str, torch.Tensor]:
@@ -134,7 +148,7 @@ def _probe_attention(model: Any) -> tuple[list[AttentionCall] | None, str]:
     try:
         model.set_attn_implementation(EAGER_NAME if original == "eager" else attention.NAME)
         probe: list[AttentionCall] = []
-        with torch.no_grad(), activate(Call(_configs(model), probe=probe)):
+        with torch.no_grad(), activate(Call(_owner(model), probe=probe)):
             (model if model.config.is_encoder_decoder else model.base_model)(**_probe_inputs(model))
     except Exception as error:  # whatever an architecture does with a foreign implementation, it can go the other way
         model.set_attn_implementation(original)
@@ -241,7 +255,7 @@ def _describe(
         causal=causal,
         encoder_decoder=bool(model.config.is_encoder_decoder),
     )
-    explicit, owner = positions.takes_position_ids(model), _configs(model)
+    explicit, owner = positions.takes_position_ids(model), _owner(model)
     local = path == "cache" and "local" in getattr(model.config, "attention_layers", ())
     if path == "attention":
         if explicit:

@@ -105,7 +105,7 @@ def mask_function(
     if isinstance(attention_mask, PrefixMask):  # prepared before a compiled forward
         return attention_mask
     call = active()
-    call = call if call is not None and id(config) in call.owner else None
+    call = call if call is not None and call.owner.has(config) else None
     sizes = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset)
     bare = call is None or (call.batch is None and call.probe is None)
     if bare and config._attn_implementation != EAGER_NAME:

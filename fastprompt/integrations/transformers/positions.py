@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastprompt.context import active
+from fastprompt.context import Owner, active
 
 _TABLES = ("embed_positions", "position_embeddings", "wpe")
 
@@ -48,7 +48,7 @@ def learned_positions(model: Any) -> int | None:
     return min(sizes, default=None)
 
 
-def hook_position_tables(model: Any, owner: frozenset[int]) -> list[str]:
+def hook_position_tables(model: Any, owner: Owner) -> list[str]:
     """Hook the position modules a prefix must move; returns their names."""
     tables = _tables(model)
     for module in tables.values():
@@ -57,7 +57,7 @@ def hook_position_tables(model: Any, owner: frozenset[int]) -> list[str]:
 
 
 def _shift_positions(
-    owner: frozenset[int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    owner: Owner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     """Forward hook: the module's output at positions moved by each row's prompt length."""
     call = active(owner)
