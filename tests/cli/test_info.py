@@ -12,6 +12,7 @@ import transformers
 
 import fastprompt
 from fastprompt import dispatch
+from fastprompt.cli import output
 
 COMMANDS = ("demo", "info", "import", "export", "inspect", "generate")
 
@@ -50,8 +51,9 @@ def test_json_says_what_runs(run, monkeypatch):
     assert data["environment"] == {} and data["problem"] is None and data["backbone"] is None
 
 
-def test_table_names_every_op_and_reason(run):
-    text = run("info", env={"COLUMNS": "200"}).stdout
+def test_table_names_every_op_and_reason(run, monkeypatch):
+    monkeypatch.setattr(output.console, "width", 200)
+    text = run("info").stdout
     assert all(op in text for op in dispatch.OPS)
     assert all(row.reason in text for row in dispatch.explain())
 
