@@ -24,7 +24,6 @@ class AttentionCall:
     key: torch.Tensor
     value: torch.Tensor
     self_attention: bool
-    mask_is_ours: bool
     relative_bias: bool
 
 
@@ -53,6 +52,11 @@ class Call:
     probe: list[AttentionCall] | None = None
     heads: RowHeads | None = None
     expanded: dict[int, PrefixBatch] = field(default_factory=dict)
+
+    @property
+    def observes(self) -> bool:
+        """Whether keys and values are to be handed out."""
+        return self.record is not None or self.probe is not None
 
     def batch_of(self, rows: int) -> PrefixBatch | None:
         """The batch with each row repeated as `generate` does for beams and return sequences."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import zoo
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 import fastprompt as fp
 
@@ -55,8 +56,12 @@ def test_static_cache_gives_the_same_tokens(name: str, inputs: dict[str, torch.T
 def test_generate_under_torch_compile(name: str, inputs: dict[str, torch.Tensor]) -> None:
     model = prompted(zoo.causal(name))
     expected = model.generate(**inputs, prompts=ROWS, **GREEDY)
-    model.backbone.forward = torch.compile(model.backbone.forward, backend="aot_eager")
-    compiled = model.generate(**inputs, prompts=ROWS, cache_implementation="static", **GREEDY)
+    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiling._compile_all_devices = True  # transformers compiles on a GPU only, unless told
+    options = dict(cache_implementation="static", compile_config=compiling, **GREEDY)
+    with mock.patch.object(torch, "compile", wraps=torch.compile) as compile_calls:
+        compiled = model.generate(**inputs, prompts=ROWS, **options)
+    assert compile_calls.called
     assert compiled.tolist() == expected.tolist()
 
 

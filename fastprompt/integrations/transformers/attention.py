@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastprompt import ops
 from fastprompt.batch import LayerRows
-from fastprompt.context import AttentionCall, Call, active
+from fastprompt.context import AttentionCall, Call
 from fastprompt.integrations.transformers.masks import EAGER_NAME, PrefixMask, mask_function
 from fastprompt.integrations.transformers.relative_bias import RelativeBias
 
@@ -41,13 +41,12 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention over a row's prefix and its own keys: `[B, Hq, N, D]` queries to `[B, N, Hq, Dv]` outputs."""
-    call = active()
-    if call is not None:
-        _observe(call, module, query, key, value, attention_mask, kwargs)
     if not isinstance(attention_mask, PrefixMask):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if attention_mask.observer is not None:
+        _observe(attention_mask.observer, module, query, key, value, kwargs)
     if dropout:
         _warn_dropout()
     if torch.is_autocast_enabled(query.device.type):  # rotary leaves queries and keys in float32 there
@@ -61,14 +60,13 @@ def _observe(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: Any,
     kwargs: dict[str, Any],
 ) -> None:
     """Hand this call to the probe or to the compilation under way."""
     if call.probe is not None:
         bias = kwargs.get("position_bias") is not None
         same = key.shape[2] == query.shape[2]
-        call.probe.append(AttentionCall(module, key, value, same, isinstance(mask, PrefixMask), bias))
+        call.probe.append(AttentionCall(module, key, value, same, bias))
     if call.record is not None:
         for layer in module.fastprompt_site.layers[:1]:
             call.record[layer] = (key, value)

@@ -16,7 +16,7 @@ from transformers.masking_utils import (
 )
 
 from fastprompt.batch import PrefixBatch
-from fastprompt.context import active
+from fastprompt.context import Call, active
 from fastprompt.errors import UnsupportedError
 
 EAGER_NAME = "fastprompt_eager"
@@ -28,7 +28,7 @@ class PrefixMask:
 
     Being an argument of every layer, it is kept by gradient checkpointing and reaches a compiled forward.
     `q_start`, `kv_start`, `kv_len` are int32 `[B]` as in `ops.prefix_attention`; `bias` is added to own-key logits
-    `[B|1, 1, N|1, S]`, `prefix_bias` to prefix logits.
+    `[B|1, 1, N|1, S]`, `prefix_bias` to prefix logits. `observer` wants to see keys and values (probe, compilation).
     """
 
     batch: PrefixBatch | None
@@ -39,6 +39,7 @@ class PrefixMask:
     kv_len: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     prefix_bias: torch.Tensor | None = None
+    observer: Call | None = None
     calls: dict[int, int] = field(default_factory=dict)
     ndim = 4  # transformers asks a prepared mask for its rank and passes rank 4 through
 
@@ -107,7 +108,7 @@ def mask_function(
     call = active()
     call = call if call is not None and call.owner.has(config) else None
     sizes = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset)
-    bare = call is None or (call.batch is None and call.probe is None)
+    bare = call is None or (call.batch is None and not call.observes)
     if bare and config._attn_implementation != EAGER_NAME:
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
             mask_function=mask_function, attention_mask=attention_mask, device=device, dtype=dtype, **sizes, **kwargs
@@ -115,10 +116,12 @@ def mask_function(
     batch = call.batch_of(batch_size) if call is not None else None
     known = structure_of(mask_function)
     if known is None:
-        return _dense(batch, mask_function, attention_mask, config, sizes, device, dtype, kwargs)
-    mask = _ranges(batch, known, attention_mask, sizes, device, dtype)
-    if known.chunk is not None:
-        _add_chunks(mask, known.chunk, sizes, device, dtype)
+        mask = _dense(batch, mask_function, attention_mask, config, sizes, device, dtype, kwargs)
+    else:
+        mask = _ranges(batch, known, attention_mask, sizes, device, dtype)
+        if known.chunk is not None:
+            _add_chunks(mask, known.chunk, sizes, device, dtype)
+    mask.observer = call if call is not None and call.observes else None
     return mask
 
 
