@@ -33,10 +33,13 @@ class PreparedCall:
         inputs, ids = self.inputs, self.inputs.pop("input_ids", None)
         if ids is None:
             raise ArgumentError("rows with embedding prompts need input_ids on this architecture, got inputs_embeds")
+        if ids.dim() != 2 or inputs.get("position_ids") is not None:
+            raise UnsupportedError("rows with embedding prompts take input_ids [B, N] without position_ids here")
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         layout = EmbeddedRows.build(self.backbone.get_input_embeddings(), ids, mask, prompts)
-        self.check_room(info, 0, layout.mask)
+        if not info.encoder_decoder:
+            self.check_room(info, layout.mask.sum(1))
         decoder_labels = self.backbone.config.is_encoder_decoder
         for name, fill in (("labels", -100), ("token_type_ids", 0)):
             value = inputs.get(name)
@@ -50,8 +53,11 @@ class PreparedCall:
 
     def add_prefixes(self, batch: PrefixBatch, info: Backbone) -> None:
         """Give the rows their prefixes and move their text positions behind them."""
-        if not info.encoder_decoder:
-            self.check_room(info, batch.longest, call_inputs.text_mask(self.inputs))
+        if info.encoder_decoder:
+            self.check_decoder(info, batch)
+        else:
+            mask = call_inputs.text_mask(self.inputs)
+            self.check_room(info, mask.sum(1) + batch.shift(mask.device))
         if info.takes_position_ids:
             self.count_positions(batch)
         if info.path == "cache":
@@ -65,15 +71,26 @@ class PreparedCall:
         else:
             self.call.batch = batch
 
-    def check_room(self, info: Backbone, virtual: int, mask: torch.Tensor) -> None:
-        """Refuse a call that a learned position table cannot hold, with the tokens it asks to be generated."""
+    def check_room(self, info: Backbone, used: torch.Tensor) -> None:
+        """Refuse a call whose rows `used` `[B]`, prompt and text, do not fit the learned positions with new tokens."""
         if info.max_positions is None:
             return
-        own, new = int(mask.sum(1).max()), self.inputs.get("max_new_tokens") or 0
-        if virtual + own + new > info.max_positions:
+        longest, new = int(used.max()), self.inputs.get("max_new_tokens") or 0
+        if longest + new > info.max_positions:
             raise ArgumentError(
-                f"{virtual} virtual tokens, {own} of text and {new} to generate need {virtual + own + new} positions, "
+                f"a row of {longest} tokens with its prompt and {new} to generate need {longest + new} positions, "
                 f"the backbone has {info.max_positions}: shorten the text or the prompt"
+            )
+
+    def check_decoder(self, info: Backbone, batch: PrefixBatch) -> None:
+        """The same for an encoder-decoder's decoder, which must have no padding in front where it counts positions."""
+        own = next((self.inputs[n] for n in ("decoder_input_ids", "labels") if self.inputs.get(n) is not None), None)
+        length = own.shape[1] if own is not None else 1
+        self.check_room(info, batch.shift(torch.device("cpu")) + length)
+        mask = self.inputs.get("decoder_attention_mask")
+        if info.counts_decoder_padding and mask is not None and not bool(mask[:, 0].all()):
+            raise UnsupportedError(
+                f"{info.spec.model_type} numbers padding in front of the decoder's text: pad it on the right"
             )
 
     def count_positions(self, batch: PrefixBatch | None) -> None:

@@ -76,9 +76,10 @@ class EmbeddedRows:
 
     def move_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Token indices `[B]` of the caller's layout (answer spans) in the new one."""
+        positions = positions.flatten()  # [B, 1] is taken too
         inside = (positions >= 0) & (positions < self.index.shape[1])
         moved = self.index.gather(1, positions.clamp(0, self.index.shape[1] - 1)[:, None])[:, 0]
-        return torch.where(inside, moved, positions)
+        return torch.where(inside, moved, self.embeds.shape[1])  # outside stays outside
 
     def restore(self, output: Any) -> Any:
         """A model output whose per-token fields are back in the caller's layout."""

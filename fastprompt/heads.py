@@ -83,8 +83,12 @@ class RowHeads:
         return names
 
     def labels(self) -> set[int]:
-        """Numbers of outputs of these heads (a head's last parameter has as many rows)."""
-        return {list(head.tensors().values())[-1].shape[0] for head in filter(None, self.heads)}
+        """Numbers of outputs of these heads: the rows of the last parameter of each one's last module."""
+        sizes = set()
+        for head in filter(None, self.heads):
+            last = [t for name, t in head.tensors().items() if not name.startswith("pre_")][-1]
+            sizes.add(last.shape[0])
+        return sizes
 
     def apply(self, name: str, module: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Output of every row's own head; columns beyond a head's labels are -inf."""
@@ -130,6 +134,11 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
             "labels are floating point (regression or multi-label), and the rows' heads have other sizes than the "
             "backbone's num_labels: give them the same number of labels"
         )
+    known = labels.masked_fill(labels == -100, 0)
+    allowed = (known >= 0) & (known < logits.shape[-1])
+    own = logits.detach().gather(-1, known.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0].isfinite()
+    if bool((~(allowed & own) & (labels != -100)).any()):
+        raise ArgumentError("labels has a class that the head of its row does not have: check the row's prompt")
     return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
 
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -15,12 +15,10 @@ from torch import nn
 from fastprompt.bank import Entry, PromptBank
 from fastprompt.batch import Extent, PrefixBatch, assemble
 from fastprompt.errors import ArgumentError, DuplicatePromptError, IncompatiblePromptError, PromptNotFoundError
+from fastprompt.integrations.transformers.backbone import Backbone, evaluating
 from fastprompt.prompts import SoftPrompt
 from fastprompt.spec import Prefix, unflatten
 from fastprompt.store import prompt_digest
-
-if TYPE_CHECKING:
-    from fastprompt.integrations.transformers.backbone import Backbone
 
 
 def _key(name: str) -> str:
@@ -69,17 +67,26 @@ class PromptLibrary(nn.Module):
 
     def add(self, name: str, prompt: SoftPrompt) -> None:
         """Take in a prompt made for this backbone, under a new name."""
-        if not isinstance(name, str) or not name:
-            raise ArgumentError(f"prompt name is {name!r}, expected a string that is not empty")
-        if name in self:
-            raise DuplicatePromptError(f"prompt {name!r} exists: remove it first, or choose another name")
+        self.check_new(name)
         if prompt.spec.fingerprint() != self._backbone.spec.fingerprint():
             raise IncompatiblePromptError(
                 f"prompt {name!r} was made for {prompt.spec.describe()}, this backbone is "
                 f"{self._backbone.spec.describe()}"
             )
         self._names[name] = _key(name)
-        self.modules_by_key[_key(name)] = prompt.to(self._backbone.device)
+        self.modules_by_key[_key(name)] = prompt.to(self._backbone.device).train(self.training)
+
+    def check_new(self, name: str) -> None:
+        """Raise unless a prompt may get this name."""
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"prompt name is {name!r}, expected a string that is not empty")
+        if name in self:
+            raise DuplicatePromptError(f"prompt {name!r} exists: remove it first, or choose another name")
+
+    def forget(self) -> None:
+        """Empty the bank: prompts are written again when next used, compiled by the backbone as it is then."""
+        self._bank = None
+        self._in_bank.clear()
 
     def remove(self, name: str) -> SoftPrompt:
         """Take a prompt out of the library and the bank."""
@@ -100,16 +107,15 @@ class PromptLibrary(nn.Module):
             )
         return self._bank
 
-    def trains(self, names: Sequence[str]) -> bool:
-        """Whether a forward over these prompts must build a graph."""
-        return torch.is_grad_enabled() and any(p.requires_grad for n in names for p in self[n].encoder.parameters())
+    def _trains(self, name: str) -> bool:
+        return any(p.requires_grad for p in self[name].encoder.parameters())
 
     @contextmanager
     def prefix_batch(self, rows: Sequence[str | None]) -> Iterator[PrefixBatch]:
         """The batch in which row b reads the prefix of prompt `rows[b]`; pinned in the bank inside the context."""
         names = list(dict.fromkeys(filter(None, rows)))
         with ExitStack() as stack:
-            if self.trains(names):
+            if torch.is_grad_enabled():  # a graph may outlive the pins: it gets tensors of its own
                 prefixes = self._fresh(names)
                 places = {name: i for i, name in enumerate(names)}
                 yield assemble(prefixes, [places[r] if r else None for r in rows], self._empty())
@@ -129,12 +135,23 @@ class PromptLibrary(nn.Module):
         ]
 
     def _fresh(self, names: Sequence[str]) -> list[Prefix]:
-        """Differentiable prefixes; all embedding prompts are compiled in one forward."""
-        made: dict[str, Prefix] = {n: self[n]() for n in names if self[n].kind == "prefix"}
+        """Differentiable prefixes; all trainable embedding prompts are compiled in one forward."""
+        made = {n: self._copied(n) for n in names if not self._trains(n)}
+        made |= {n: self[n]() for n in names if n not in made and self[n].kind == "prefix"}
         rest = [n for n in names if n not in made]
         if rest:
             made |= zip(rest, self._backbone.compile([self[n]() for n in rest]), strict=True)
         return [made[n] for n in names]
+
+    def _copied(self, name: str) -> Prefix:
+        """A frozen prompt's prefix out of the bank."""
+        with self._resident(name) as entry:
+            span = slice(entry.start, entry.start + entry.length)
+            keys, values = (
+                tuple(arena(layer)[:, span].clone() for layer in entry.layers)
+                for arena in (self.bank.keys, self.bank.values)
+            )
+            return Prefix(entry.layers, keys, values)
 
     @contextmanager
     def _resident(self, name: str) -> Iterator[Entry]:
@@ -155,19 +172,13 @@ class PromptLibrary(nn.Module):
         weights = prompt.weights()
         if prompt.kind == "prefix":
             return unflatten(weights, prompt.spec, prompt.config.prefix_layers(prompt.spec))
-        model = self._backbone.model
-        training = model.training
-        model.train(False)
-        try:
+        with evaluating(self._backbone.model):
             return self._backbone.compile([weights])[0]
-        finally:
-            model.train(training)
 
     def _apply(self, function: Any, recurse: bool = True) -> PromptLibrary:
         """Follow the model to another device; prompts stay float32 whatever dtype the backbone takes."""
         super()._apply(lambda t: function(t).float() if t.is_floating_point() else function(t), recurse)
-        self._bank = None
-        self._in_bank.clear()
+        self.forget()
         return self
 
 

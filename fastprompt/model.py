@@ -21,6 +21,8 @@ from fastprompt.integrations.transformers.backbone import inspect_backbone
 from fastprompt.integrations.transformers.source import BackboneSource
 from fastprompt.library import PromptLibrary
 from fastprompt.prompts import PromptConfig, SoftPrompt
+from fastprompt.prompts.base import check_int
+from fastprompt.prompts.init import seeded
 
 Rows = Sequence[str | None]
 
@@ -76,8 +78,11 @@ class PromptedModel(nn.Module):
         A backbone with a task head (sequence or token classification, question answering) gives each prompt its own
         trainable copy, with `num_labels` outputs when given.
         """
-        if name in self.library:
-            self.library.add(name, self.library[name])  # raises: the name is taken
+        self.library.check_new(name)
+        if num_labels is not None:
+            check_int("num_labels", num_labels, 1)
+        if labels is not None and (isinstance(labels, str) or not labels):
+            raise ArgumentError(f"labels is {labels!r}, expected a list of at least one label")
         if num_labels is not None and labels is not None and num_labels != len(labels):
             raise ArgumentError(f"num_labels is {num_labels}, but labels names {len(labels)}: give one of them")
         if isinstance(config, SoftPrompt):
@@ -88,7 +93,8 @@ class PromptedModel(nn.Module):
             prompt = config.build(self._info.spec, BackboneSource(self._info, self.tokenizer), seed=seed)
             prompt.labels = tuple(labels) if labels else None
             prompt.task_type = self._info.task_type
-            prompt.head = heads.fresh_head(self.backbone, num_labels or (len(labels) if labels else None))
+            with seeded(seed):
+                prompt.head = heads.fresh_head(self.backbone, num_labels or (len(labels) if labels else None))
         else:
             raise ArgumentError(
                 f"config is {type(config).__name__}, expected a prompt config: PrefixTuning(num_virtual_tokens=30), say"
@@ -106,8 +112,7 @@ class PromptedModel(nn.Module):
         Raises:
             PromptFileError, IncompatiblePromptError, DuplicatePromptError: nothing is loaded then.
         """
-        if name in self.library:
-            self.library.add(name, self.library[name])
+        self.library.check_new(name)
         folder = local_folder(path)
         if peft_format.is_peft_folder(folder):
             prompt = peft_format.read_peft(folder, self._info.spec, task_id=task_id)
@@ -169,17 +174,21 @@ class PromptedModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         *,
         prompts: str | Rows | None = None,
+        labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward with a prompt a row.
 
         Args:
             prompts: a name for all rows, or one name or None a row; None is the bare backbone.
+            labels: as the backbone takes them.
             kwargs: the backbone's own arguments.
         Returns:
             the backbone's output; per-token fields cover the caller's tokens, never the virtual ones.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | kwargs
+        if labels is not None:
+            inputs["labels"] = labels
         rows = self._rows(prompts, inputs)
         if rows is None:
             return self.backbone(**inputs)
@@ -196,7 +205,7 @@ class PromptedModel(nn.Module):
             return self.backbone.generate(**kwargs)
         if not self._info.encoder_decoder:
             self._check_generation(rows, kwargs)
-            kwargs = call_inputs.pad_left(kwargs)
+            kwargs = call_inputs.pad_left(call_inputs.infer_mask(kwargs, self.backbone.generation_config))
         with torch.no_grad(), self._prepared(rows, kwargs) as call:
             return self.backbone.generate(**call.inputs)
 
@@ -234,10 +243,12 @@ class PromptedModel(nn.Module):
             )
 
     def _rows(self, prompts: str | Rows | None, inputs: dict[str, Any]) -> list[str | None] | None:
-        """A checked name or None for each row; None when no row has a prompt."""
+        """A checked name or None for each row; None for a call without prompts."""
         if prompts is None:
             return None
         count = call_inputs.batch_rows(inputs)
+        if not isinstance(prompts, (str, list, tuple)):
+            raise ArgumentError(f"prompts is {type(prompts).__name__}, expected a prompt's name or a list of one a row")
         rows: list[str | None] = [prompts] * count if isinstance(prompts, str) else list(prompts)
         if bad := [r for r in rows if not (r is None or isinstance(r, str))]:
             raise ArgumentError(f"prompts has {bad[0]!r}, expected a prompt's name or None in each entry")
@@ -246,7 +257,7 @@ class PromptedModel(nn.Module):
         for name in dict.fromkeys(rows):
             if name is not None:
                 self.library[name]
-        return rows if any(name is not None for name in rows) else None
+        return rows
 
     @contextmanager
     def _prepared(self, rows: list[str | None], inputs: dict[str, Any]) -> Iterator[PreparedCall]:
@@ -254,6 +265,7 @@ class PromptedModel(nn.Module):
         info = self._info
         embedded = [r if r and self.library[r].kind == "embedding" and not info.compiles else None for r in rows]
         prefixed = [r if r and e is None else None for r, e in zip(rows, embedded, strict=True)]
+        info.check_attention()
         call_inputs.check_masks(inputs)
         call = Call(info.owner, heads=self._row_heads(rows))
         prepared = PreparedCall(dict(inputs), call, self.backbone)

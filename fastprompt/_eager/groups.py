@@ -133,15 +133,7 @@ class Groups:
 
     def unsort(self, x: Tensor) -> Tensor:
         """Inverse of `sort`."""
-        return x if self.in_order else x.index_select(0, self._unsorted.to(x.device))
-
-    @cached_property
-    def _sorted(self) -> Tensor:
-        return torch.tensor(self.order)
-
-    @cached_property
-    def _unsorted(self) -> Tensor:
-        return torch.tensor(sorted(range(len(self.order)), key=self.order.__getitem__))
+        return x if self.in_order else x.index_select(0, self._sorting[1].to(x.device))
 
     def chunks(self, x: Tensor) -> list[Tensor]:
         """Per group the folded rows `[Hkv, R*M, d]` of `x`."""

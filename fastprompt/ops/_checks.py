@@ -68,11 +68,6 @@ def heads(q_heads: int, kv_heads: int) -> None:
         raise ArgumentError(f"q has {q_heads} heads, expected a multiple of the {kv_heads} key-value heads")
 
 
-def same_heads(name: str, got: int, want: int) -> None:
-    if got != want:
-        raise ArgumentError(f"{name} has {got} key-value heads, k has {want}; they are one model's layer")
-
-
 def positive(name: str, value: float | None) -> None:
     if value is not None and not value > 0:
         raise ArgumentError(f"{name} is {value}, expected a positive number, or None for none")

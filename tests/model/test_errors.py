@@ -159,7 +159,7 @@ def test_labels_that_contradict(model: fp.PromptedModel) -> None:
 def test_generating_past_the_backbones_positions() -> None:
     model = fp.PromptedModel(zoo.causal("gpt2", n_positions=32))
     model.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=10))
-    with pytest.raises(fp.FastPromptError, match="20 to generate need 33 positions"):
+    with pytest.raises(fp.FastPromptError, match=r"20 to generate need 33 positions"):
         model.generate(input_ids=IDS, prompts="p", max_new_tokens=20, do_sample=False)
 
 

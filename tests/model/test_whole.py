@@ -201,8 +201,7 @@ def test_data_parallel_gradients_are_those_of_the_whole_batch(tmp_path: Path) ->
             torch.testing.assert_close(grads[start + n] / scale, p.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_no_grad_memory_of_the_prefix_does_not_grow_with_rows() -> None:
-    """The bank holds a prompt once, however many rows read it."""
+def test_the_bank_holds_a_prompt_once_however_many_rows_read_it() -> None:
     model = prompted(zoo.causal("llama"), a=fp.PrefixTuning(num_virtual_tokens=64))
     with torch.no_grad():
         for rows in (1, 16):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +41,13 @@ class Backbone:
     model: Any  # PreTrainedModel, whose attributes are untyped
     path: str
     spec: BackboneSpec
-    layer_devices: tuple[torch.device, ...]
+    probed_devices: tuple[torch.device, ...]
     owner: Owner
     takes_position_ids: bool
     reasons: list[str] = field(default_factory=list)
     compiles: bool = False
     max_positions: int | None = None  # of a learned position table; None where positions are unbounded
+    counts_decoder_padding: bool = False  # a decoder that numbers its tokens itself
     counted_window: int | None = None  # a local window on the cache path, which counts padding as positions
 
     @property
@@ -58,12 +60,28 @@ class Backbone:
         return next((task for suffix, task in _TASKS.items() if type(self.model).__name__.endswith(suffix)), None)
 
     @property
+    def layer_devices(self) -> tuple[torch.device, ...]:
+        """Where each layer's attention runs now: a model in one place may have been moved."""
+        if getattr(self.model, "hf_device_map", None):
+            return self.probed_devices
+        return (self.device,) * self.spec.num_layers
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def check_attention(self) -> None:
+        """Raise if somebody has switched the attention implementation away since."""
+        now = self.model.config._attn_implementation
+        if self.path == "attention" and now not in (attention.NAME, EAGER_NAME):
+            raise UnsupportedError(
+                f"the backbone's attention implementation is now {now!r}, which reads no prompts: "
+                f'call set_attn_implementation("{attention.NAME}")'
+            )
 
     def compile(self, embeddings: Sequence[torch.Tensor]) -> list[Prefix]:
         """Turn embedding prompts `[P, E]` into prefixes, all in one forward over the prompts' own tokens.
@@ -118,13 +136,22 @@ def inspect_backbone(model: PreTrainedModel) -> Backbone:
         )
     model.requires_grad_(False)
     attention.register()
-    training = model.training
-    model.eval()  # the probe draws no dropout
-    try:
+    with evaluating(model):
         calls, why_not = _probe_attention(model)
         return _without_interface(model, why_not) if calls is None else _with_interface(model, calls)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside the block; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _owner(model: Any) -> Owner:
@@ -256,12 +283,16 @@ def _describe(
     )
     explicit, owner = positions.takes_position_ids(model), _owner(model)
     local = path == "cache" and "local" in getattr(model.config, "attention_layers", ())
+    counts_padding = False
     if path == "attention":
         if explicit:
             reasons.append("text positions are given as position_ids")
         elif hooked := positions.hook_position_tables(model, owner):
+            counts_padding = spec.encoder_decoder
             reasons.append(f"text positions are moved in {', '.join(hooked)}")
         else:
             reasons.append("positions are relative: nothing to move")
     limit, window = positions.learned_positions(model), model.config.window_size if local else None
-    return Backbone(model, path, spec, tuple(devices), owner, explicit, reasons, compiles, limit, window)
+    return Backbone(
+        model, path, spec, tuple(devices), owner, explicit, reasons, compiles, limit, counts_padding, window
+    )

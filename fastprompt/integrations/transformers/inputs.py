@@ -49,16 +49,26 @@ def text_mask(inputs: dict[str, Any]) -> torch.Tensor:
     return torch.ones(own.shape[0], seen + own.shape[1], dtype=torch.int64, device=own.device)
 
 
+def infer_mask(inputs: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Take padding tokens for padding where no mask is given, as transformers' generation does."""
+    ids, pad = inputs.get("input_ids"), inputs.get("pad_token_id", config.pad_token_id)
+    if ids is None or pad is None or any(inputs.get(n) is not None for n in ("attention_mask", "past_key_values")):
+        return inputs
+    ends = inputs.get("eos_token_id", config.eos_token_id)
+    if pad in (ends if isinstance(ends, (list, tuple)) else [ends]) or not bool((ids == pad).any()):
+        return inputs
+    return inputs | {"attention_mask": (ids != pad).long()}
+
+
 def pad_left(inputs: dict[str, Any]) -> dict[str, Any]:
     """Move right padding to the left, as generation needs it; inputs without right padding come back unchanged."""
     mask = inputs.get("attention_mask")
-    ids = inputs.get("input_ids")
-    if mask is None or ids is None or mask.shape != ids.shape or bool(mask[:, -1].all()):
+    if mask is None or mask.shape != tokens(inputs).shape[:2] or bool(mask[:, -1].all()):
         return inputs
     order = mask.bool().int().sort(dim=1, stable=True).indices  # padding first, text in its order
     moved = {
-        name: value.gather(1, order)
+        name: value.gather(1, order.view(*order.shape, *[1] * (value.dim() - 2)).expand(-1, -1, *value.shape[2:]))
         for name, value in inputs.items()
-        if isinstance(value, torch.Tensor) and value.shape == ids.shape
+        if isinstance(value, torch.Tensor) and value.shape[:2] == mask.shape
     }
     return inputs | moved

@@ -156,6 +156,11 @@ def _ranges(
     mask.kv_start = (start - kv_offset).to(torch.int32)
     mask.kv_len = (end - kv_offset).clamp(0, kv_length).to(torch.int32)
     if bool((end - start != count).any()):
+        if batch is not None and (known.window or known.chunk):
+            raise UnsupportedError(
+                "attention_mask has holes between real tokens, and the backbone has a local window, which would count "
+                "them: remove the gaps"
+            )
         own = real[:, kv_offset : kv_offset + kv_length]
         own = torch.nn.functional.pad(own, (0, kv_length - own.shape[1]))
         mask.bias = _additive(own[:, None, None], dtype)
