@@ -28,8 +28,8 @@ def takes_position_ids(model: Any) -> bool:
     """Whether positions counted from 0 can be passed to `model`."""
     if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    # RoBERTa's kind counts from padding_idx + 1
-    return not any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules())
+    # RoBERTa's kind counts from its padding_idx + 1
+    return all(getattr(table, "padding_idx", None) is None for table in _tables(model).values())
 
 
 def _tables(model: Any) -> dict[str, nn.Module]:
