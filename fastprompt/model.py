@@ -267,13 +267,14 @@ class PromptedModel(nn.Module):
         prefixed = [r if r and e is None else None for r, e in zip(rows, embedded, strict=True)]
         info.check_attention()
         call_inputs.check_masks(inputs)
-        call = Call(info.owner, heads=self._row_heads(rows))
+        call = Call(info.owner, heads=heads.RowHeads.build([self.library[r].head if r else None for r in rows]))
         prepared = PreparedCall(dict(inputs), call, self.backbone)
         prepared.name_outputs()
         prepared.own_loss()
         with ExitStack() as stack:
             if any(embedded):
-                prepared.embed(self._embeddings(embedded), info)
+                made = {name: self.library[name]() for name in dict.fromkeys(filter(None, embedded))}
+                prepared.embed([made[name] if name else None for name in embedded], info)
             if any(prefixed):
                 if info.path == "none":
                     raise UnsupportedError(f"{info.spec.describe()} cannot take prefixes: {'; '.join(info.reasons)}")
@@ -282,13 +283,6 @@ class PromptedModel(nn.Module):
                 prepared.count_positions(None)
             stack.enter_context(activate(call))
             yield prepared
-
-    def _embeddings(self, rows: Rows) -> list[torch.Tensor | None]:
-        made = {name: self.library[name]() for name in dict.fromkeys(filter(None, rows))}
-        return [made[name] if name else None for name in rows]
-
-    def _row_heads(self, rows: Rows) -> heads.RowHeads | None:
-        return heads.RowHeads.build([self.library[name].head if name else None for name in rows])
 
     def _take(self, name: str, prompt: SoftPrompt) -> SoftPrompt:
         """Add a prompt and let its head stand in for the backbone's; nothing is added if it cannot."""
