@@ -16,6 +16,8 @@ from fastprompt.integrations.transformers import inputs as call_inputs
 from fastprompt.integrations.transformers import padded_cache, positions
 from fastprompt.integrations.transformers.backbone import Backbone
 
+_NEW = 20  # transformers' own limit of a generation that is given none
+
 
 @dataclass
 class PreparedCall:
@@ -62,11 +64,7 @@ class PreparedCall:
             self.count_positions(batch)
         if info.path == "cache":
             mask = call_inputs.text_mask(self.inputs)
-            if info.counted_window is not None and not bool(mask[:, 0].all()):
-                raise UnsupportedError(
-                    f"{info.spec.model_type} counts the padding between a prompt and its text into its local window of "
-                    f"{info.counted_window}: pass texts of equal length, or right-padded ones to forward"
-                )
+            self.check_window(info, batch.longest, mask)
             self.inputs = padded_cache.prepend(self.inputs, batch, mask)
         else:
             self.call.batch = batch
@@ -80,6 +78,17 @@ class PreparedCall:
             raise ArgumentError(
                 f"a row of {longest} tokens with its prompt and {new} to generate need {longest + new} positions, "
                 f"the backbone has {info.max_positions}: shorten the text or the prompt"
+            )
+
+    def check_window(self, info: Backbone, virtual: int, mask: torch.Tensor) -> None:
+        """Refuse padding between prompts and texts where a local window counts it and may cut something off."""
+        if info.counted_window is None or bool(mask[:, 0].all()):
+            return
+        new = self.inputs.get("max_new_tokens") or max((self.inputs.get("max_length") or _NEW) - mask.shape[1], 0)
+        if virtual + mask.shape[1] + new > info.counted_window:
+            raise UnsupportedError(
+                f"{info.spec.model_type} counts the padding between a prompt and its text into its local window of "
+                f"{info.counted_window}: pass texts of equal length, or right-padded ones to forward"
             )
 
     def check_decoder(self, info: Backbone, batch: PrefixBatch) -> None:
