@@ -42,16 +42,15 @@ class PreparedCall:
         layout = EmbeddedRows.build(self.backbone.get_input_embeddings(), ids, mask, prompts)
         if not info.encoder_decoder:
             self.check_room(info, layout.mask.sum(1))
-        decoder_labels = self.backbone.config.is_encoder_decoder
         for name, fill in (("labels", -100), ("token_type_ids", 0)):
             value = inputs.get(name)
-            if value is not None and value.shape == ids.shape and not (decoder_labels and name == "labels"):
+            if value is not None and value.shape == ids.shape and not (info.encoder_decoder and name == "labels"):
                 inputs[name] = layout.scatter(value, fill)
         for name in ("start_positions", "end_positions"):
             if inputs.get(name) is not None:
                 inputs[name] = layout.move_positions(inputs[name])
         inputs |= {"inputs_embeds": layout.embeds, "attention_mask": layout.mask}
-        self.layout = layout if not decoder_labels else None
+        self.layout = layout if not info.encoder_decoder else None
 
     def add_prefixes(self, batch: PrefixBatch, info: Backbone) -> None:
         """Give the rows their prefixes and move their text positions behind them."""
@@ -63,7 +62,6 @@ class PreparedCall:
         if info.takes_position_ids:
             self.count_positions(batch)
         if info.path == "cache":
-            mask = call_inputs.text_mask(self.inputs)
             self.check_window(info, batch.longest, mask)
             self.inputs = padded_cache.prepend(self.inputs, batch, mask)
         else:

@@ -136,8 +136,8 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
         )
     known = labels.masked_fill(labels == -100, 0)
     allowed = (known >= 0) & (known < logits.shape[-1])
-    own = logits.detach().gather(-1, known.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0].isfinite()
-    if bool((~(allowed & own) & (labels != -100)).any()):
+    foreign = logits.detach().gather(-1, known.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0].isneginf()
+    if bool((~allowed | foreign).any()):
         raise ArgumentError("labels has a class that the head of its row does not have: check the row's prompt")
     return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
 
