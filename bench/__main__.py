@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 COMMANDS = {  # name -> (module with `add_arguments(parser)` and `run(args) -> exit status`, one line of help)
     "main-job": ("bench.main_job", "mixed prompts over one backbone against PEFT and the bare backbone, on the CPU"),
+    "prefix-attention": ("bench.prefix_attention", "attention to prefixes read in place against torch's, on the CPU"),
+    "prefix-attention-memory": ("bench.prefix_attention_memory", "what prefix attention allocates and keeps"),
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import fastprompt as fp
-from bench import measure
+from bench import machine, measure
 from bench.backbones import LlamaSize, facts, llama, random_text, twin, with_peft
 from bench.measure import Agreement, CheckFailed, Contestant, Journal, Ratio, Sample
 
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     failed = False
     with args.out.open("a") if args.out else nullcontext() as out, torch.no_grad():
         journal = Journal(out)
-        here = measure.machine()
+        here = machine.facts()
         journal.write("machine", benchmark="main-job", quick=args.quick, backbone=facts(size.backbone), **here)
         print(size.backbone.describe())
         print(f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads, load {here['load']}")
@@ -209,8 +209,8 @@ def run(args: argparse.Namespace) -> int:
                 continue
             missed = _report(outcome, journal, judge=not args.quick)
             failed = failed or missed
-        journal.write("end", load=measure.load())
-        print(f"load now {measure.load()}")
+        journal.write("end", load=machine.load())
+        print(f"load now {machine.load()}")
     return int(failed)
 
 

@@ -1,23 +1,22 @@
 """Timing on a machine that others may use too: interleaved runs, paired ratios, checks before any ratio.
 
-Wall time counts. Every sample also records process CPU time and how many cores other processes used meanwhile; pairs
-with a busy side are left out of a ratio while a quiet pair exists. A ratio of busy pairs is shown and proves nothing:
-one preempted thread holds up all others. CPU time is reported beside wall time. With one thread it hardly feels other
-processes; with more it includes the spinning of threads that wait, and misses time in which one thread runs alone.
+Wall time counts. Every sample also records process CPU time, how many cores other processes used around it, and how
+long its threads waited for a core. Pairs with a busy side are left out of a ratio while a quiet pair exists. A ratio of
+busy pairs is shown and proves nothing: one preempted thread holds up all others. CPU time is reported beside wall time.
+With one thread it hardly feels other processes; with more it includes the spinning of threads that wait, and misses
+time in which one thread runs alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,9 +24,12 @@ import torch
 
 SCHEMA = 1  # of the JSON lines; raised when a field changes its meaning
 BUSY = 0.1  # cores used by other processes above which a sample is not quiet
-_PACKAGES = ("fastprompt", "torch", "transformers", "peft")
-_WORK = (0, 2, 5, 6, 7)  # fields of /proc/stat that are work: not idle, not iowait, not nice, which gives way
+_NEAR = 3.0  # times the quickest call beyond which a run is not looked at again
+WAITED = 0.05  # seconds a second that threads were ready and not run above which a sample is not quiet
+_NICE = (1,) if os.nice(0) > 0 else ()  # nice work gives way, unless to us who are nice too
+_WORK = (0, 2, 5, 6, 7, *_NICE)  # fields of /proc/stat that are work: not idle, not iowait
 _WATCH = 2.0  # seconds without other processes that make a machine quiet
+_LOOK = 0.5  # seconds over which other processes' cores are counted: the system counts in hundredths of a second
 
 
 class CheckFailed(Exception):
@@ -36,25 +38,33 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed run: seconds of wall and process CPU time, and cores other processes used meanwhile."""
+    """One timed run: seconds of wall and process CPU time a call, and what disturbed it.
+
+    `others`: cores other processes used around it. `waited`: seconds its threads waited for a core, a second.
+    """
 
     round: int
     wall: float
     cpu: float
     others: float
+    waited: float = 0.0
 
     @property
     def quiet(self) -> bool:
-        return self.others <= BUSY
+        return self.others <= BUSY and self.waited <= WAITED
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is timed: `run` is, `check` gets its result and is not; in every `every`-th round only."""
+    """What is timed: `run` is, `check` gets its result and is not; in every `every`-th round only.
 
-    run: Callable[[], torch.Tensor]
-    check: Callable[[torch.Tensor], None]
+    A run too short to time is called `calls` times in a row; the last result is checked.
+    """
+
+    run: Callable[[], Any]
+    check: Callable[[Any], None]
     every: int = 1
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -130,14 +140,38 @@ def interleave(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, 
 
     Each result goes through its contestant's check, outside the timing.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in contestants}
+    runs: list[tuple[str, int, _Time]] = []
+    marks = [_mark()]
     for turn in range(rounds):
         names = [name for name, c in contestants.items() if turn % c.every == 0]
         for name in names if turn % 2 == 0 else reversed(names):
-            sample, result = _timed(contestants[name].run, turn)
+            taken, result = _timed(contestants[name].run, contestants[name].calls)
             contestants[name].check(result)
-            samples[name].append(sample)
+            runs.append((name, turn, taken))
+            marks.append(_mark())
+    samples: dict[str, list[Sample]] = {name: [] for name in contestants}
+    for (name, turn, taken), others in zip(runs, _others(marks), strict=True):
+        samples[name].append(Sample(turn, taken.wall, taken.cpu, others, taken.waited))
     return samples
+
+
+def calls_for(run: Callable[[], Any], seconds: float) -> int:
+    """How many calls of `run` in a row last at least about `seconds`; calls it."""
+    run()
+    return max(1, math.ceil(seconds / min(_timed(run, 1)[0].wall for _ in range(2))))
+
+
+def ranking(runs: Mapping[str, Callable[[], Any]], clock: str, seconds: float) -> list[str]:
+    """The names of `runs`, quickest first, by a short look on `clock`, "wall" or "cpu"."""
+    for run in runs.values():
+        run()
+    once = {name: _timed(run, 1)[0].wall for name, run in runs.items()}
+    near = [name for name in runs if once[name] <= _NEAR * min(once.values())]
+    short = {name: Contestant(runs[name], _accept, calls=max(1, math.ceil(seconds / once[name]))) for name in near}
+    samples = interleave(short, 5)
+    looked = {name: Spread.of([getattr(s, clock) for s in samples[name]]).median for name in near}
+    far = [name for name in runs if name not in looked]
+    return [*sorted(near, key=looked.__getitem__), *sorted(far, key=once.__getitem__)]
 
 
 def ratio(samples: Mapping[str, Sequence[Sample]], over: str, under: str) -> Ratio:
@@ -161,27 +195,6 @@ def wait_until_quiet(seconds: float) -> bool:
     return False
 
 
-def machine() -> dict[str, Any]:
-    """What a reader must know about where the numbers come from."""
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "commit": _commit(),
-        "load": load(),
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-    }
-
-
-def load() -> list[float]:
-    """Load averages over 1, 5 and 15 minutes."""
-    return [round(x, 2) for x in os.getloadavg()]
-
-
 class Journal:
     """JSON lines, each with the schema's version and its kind; None writes nowhere."""
 
@@ -202,12 +215,56 @@ class Journal:
             self.write("time", case=case, name=name, wall=asdict(Spread.of(wall)), cpu=asdict(Spread.of(cpu)))
 
 
-def _timed(run: Callable[[], torch.Tensor], turn: int) -> tuple[Sample, torch.Tensor]:
-    system, cpu, wall = _system_cpu(), time.process_time(), time.perf_counter()
-    result = run()
+def _accept(result: Any) -> None:
+    """The check of what is checked elsewhere."""
+
+
+@dataclass(frozen=True)
+class _Time:
+    """What one call took, in seconds, and `Sample.waited`."""
+
+    wall: float
+    cpu: float
+    waited: float
+
+
+def _timed(run: Callable[[], Any], calls: int) -> tuple[_Time, Any]:
+    """The time of a call, of several in a row, and the last result."""
+    waited, cpu, wall = _waited(), time.process_time(), time.perf_counter()
+    for _ in range(calls):
+        result = run()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    others = max(_system_cpu() - system - cpu, 0.0) / wall
-    return Sample(turn, wall, cpu, others), result
+    return _Time(wall / calls, cpu / calls, max(_waited() - waited, 0.0) / wall), result
+
+
+def _waited() -> float:
+    """Seconds threads of this process waited for a core so far; 0 where the system does not say."""
+    try:
+        waits = [(task / "schedstat").read_text().split()[1] for task in Path("/proc/self/task").iterdir()]
+    except OSError:
+        return 0.0
+    return sum(map(int, waits)) / 1e9
+
+
+def _mark() -> tuple[float, float]:
+    """Now, and the CPU seconds other processes used so far."""
+    return time.perf_counter(), _system_cpu() - time.process_time()
+
+
+def _others(marks: Sequence[tuple[float, float]]) -> list[float]:
+    """Cores other processes used around each run, one between every two marks; short runs share a look."""
+    bounds = [0]
+    for i, (now, _) in enumerate(marks):
+        if now - marks[bounds[-1]][0] >= _LOOK:
+            bounds.append(i)
+    if len(bounds) > 1:
+        bounds.pop()  # the last look takes in what is left
+    bounds.append(len(marks) - 1)
+    used: list[float] = []
+    for first, last in pairwise(bounds):
+        seconds, others = (b - a for a, b in zip(marks[first], marks[last], strict=True))
+        used += [max(others, 0.0) / seconds] * (last - first)
+    return used
 
 
 def _system_cpu() -> float:
@@ -225,31 +282,3 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit this file is at, with "+" where the tree differs from it; None outside a repository."""
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import backbones, main_job, measure
+from bench import backbones, machine, main_job, measure
 from bench.measure import Agreement, CheckFailed, Contestant, Journal, Ratio, Sample, Spread
 
 
@@ -143,7 +143,7 @@ def test_twins_share_weights_and_nothing_else() -> None:
 
 
 def test_machine_facts_are_json() -> None:
-    facts = json.loads(json.dumps(measure.machine()))
+    facts = json.loads(json.dumps(machine.facts()))
     assert facts["threads"] == torch.get_num_threads()
     assert facts["versions"]["torch"] == torch.__version__
     assert len(facts["load"]) == 3
