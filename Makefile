@@ -1,4 +1,4 @@
-# make demo | test | check: each sets up everything it needs in .venv and may be repeated.
+# make demo | test | check | sanitize | dist-test: each sets up everything it needs in .venv and may be repeated.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,18 +6,27 @@ PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INPUTS := pyproject.toml setup.py requirements/dev.txt
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+INPUTS := pyproject.toml setup.py requirements/dev.txt $(NATIVE)
 
 # One thread a process: pytest runs several side by side. Nothing in the tests may need the hub.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help demo test check clean
+# The sanitizers' runtime comes before Python, with what it wraps. It looks for no leaks: Python and torch keep memory until
+# the process ends.
+PRELOAD = $$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)
+SANITIZE_ENV = LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
+    UBSAN_OPTIONS=print_stacktrace=1 $(TEST_ENV)
+SANITIZE_TESTS := tests/ops tests/test_native.py tests/test_plan.py -k "cpu or native or plan"
+
+.PHONY: help demo test check sanitize dist-test clean
 
 help:
 	@echo "make demo    install into $(VENV) and run the demo"
 	@echo "make test    install into $(VENV) and run the tests (PYTEST_ARGS='$(PYTEST_ARGS)')"
 	@echo "make check   lint, formatting and types"
+	@echo "make sanitize   the kernels' tests with address and undefined-behaviour sanitizers"
+	@echo "make dist-test  wheel and sdist, built and tried in fresh environments, with and without a compiler"
 	@echo "make clean   remove $(VENV) and build leftovers"
 	@echo "PYTHON=$(PYTHON) makes the environment; it must be 3.10 or newer"
 
@@ -31,9 +40,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastprompt
-	@if [ -z "$(NATIVE)" ]; then echo "clang-format: no native source"; \
-	elif command -v clang-format >/dev/null; then clang-format --dry-run --Werror $(NATIVE); \
-	else echo "clang-format: not installed, native source not checked"; fi
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(wildcard tests/native/*.cpp)
+
+# Into a tree of its own, which the tests then import.
+sanitize: $(VENV)/.installed-dev
+	FASTPROMPT_BUILD=cpu FASTPROMPT_BUILD_DEBUG=1 $(BIN)/python setup.py --quiet build --build-lib build/sanitize
+	$(SANITIZE_ENV) $(BIN)/pytest -o pythonpath="build/sanitize tests" $(PYTEST_ARGS) $(SANITIZE_TESTS)
+
+dist-test: $(VENV)/.installed-dev
+	$(BIN)/python tests/dist/check.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,18 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
-from fastprompt import env
+import torch
+
+from fastprompt import env, native
 from fastprompt.errors import ArgumentError, ImplementationError
 
 OPS = ("prefix_attention", "paged_prefix_attention", "embed_prompts", "merge_states", "grouped_linear")
 IMPLS = ("reference", "cpu", "triton", "cuda")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # by device type, best first
 _NOT_BUILT = {
-    "cpu": "the native extension fastprompt._native is not installed",
+    "cpu": "there is no native kernel for it",
     "triton": "the Triton kernels fastprompt._triton are not installed",
     "cuda": "the native extension fastprompt._native is not installed with CUDA",
 }
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all but the reference, which takes float64 too
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,13 @@ class Row:
 
 
 _table: dict[tuple[str, str], Implementation] = {}
+_best_known: dict[tuple[Any, ...], str] = {}  # what was chosen for (op, device, dtypes) where nothing was asked for
 
 
 def register(op: str, impl: str, module: str, obstacle: Callable[[], str | None] = lambda: None) -> None:
     """Enters an implementation into the table; the module is imported on first use."""
     _table[op, impl] = Implementation(module, obstacle)
+    _best_known.clear()
 
 
 def obstacle(op: str, impl: str) -> str | None:
@@ -60,28 +66,32 @@ def obstacle(op: str, impl: str) -> str | None:
     return _NOT_BUILT.get(impl) or f"{op} has no {impl} implementation"
 
 
-def choose(op: str, impl: str | None, device_type: str) -> str:
-    """The name of the implementation to run.
+def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
+    """The name of the implementation to run with tensors of these dtypes on this device.
 
     Semantics::
 
         impl or FASTPROMPT_IMPL names one  ->  that one, or an error; never another
-        otherwise                          ->  the best available for the device, saying once if a better one failed
+        otherwise                          ->  the best for device and dtypes, saying once if a better one failed
 
     Raises `ArgumentError` for an unknown name and `ImplementationError` for one that cannot run.
     """
     wanted = impl or env.default_impl()
     if wanted is None:
-        return _best(op, device_type)
+        return _best_known.get((op, device, dtypes)) or _best(op, device, dtypes)
     origin = "impl" if impl else "FASTPROMPT_IMPL"
     if wanted not in IMPLS:
         raise ArgumentError(f"{origin} is {wanted!r}, expected one of {', '.join(IMPLS)}, or None to let {op} choose")
-    reason = obstacle(op, wanted)
+    reason = obstacle(op, wanted) or _foreign(wanted, device, dtypes)
     if reason:
         raise ImplementationError(
             f"{origin} asks for {wanted!r}, which cannot run {op}: {reason}; use 'reference' or None"
         )
     return wanted
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: graphs keep what was chosen for them.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernels(op: str, impl: str) -> ModuleType:
@@ -94,24 +104,48 @@ def explain() -> list[Row]:
     rows = []
     for op in OPS:
         for impl in IMPLS:
-            reason = obstacle(op, impl)
+            try:
+                reason = obstacle(op, impl)
+            except ArgumentError as error:  # an environment variable asks for what is not there
+                reason = str(error)
             rows.append(Row(op, impl, reason is None, reason or "runs here"))
     return rows
 
 
-def _best(op: str, device_type: str) -> str:
-    for impl in _PREFERENCE.get(device_type, ("reference",)):
+def _best(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    for impl in _PREFERENCE.get(device.type, ("reference",)):
+        if _foreign(impl, device, dtypes):
+            continue
         reason = obstacle(op, impl)
         if reason is None:
+            _best_known[op, device, dtypes] = impl
             return impl
         if (op, impl) in _table:
             _say_once(op, impl, reason)
-    raise ImplementationError(f"{op} has no implementation that runs on {device_type}")
+    raise ImplementationError(f"{op} has no implementation that runs on {device.type}")
 
 
-@cache
+def _foreign(impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why such tensors are not for this implementation, or None."""
+    if impl == "reference":
+        return None
+    if impl == "cpu" and device.type != "cpu":
+        return f"its tensors are on {device.type}, expected cpu"
+    others = [str(dtype) for dtype in dtypes if dtype not in _KERNEL_DTYPES]
+    return f"it got {others[0]}, expected {', '.join(map(str, _KERNEL_DTYPES))}" if others else None
+
+
+_said: set[tuple[str, str]] = set()
+
+
 def _say_once(op: str, impl: str, reason: str) -> None:
-    warnings.warn(f"fastprompt: {op} runs without its {impl} implementation: {reason}", RuntimeWarning, stacklevel=4)
+    if (impl, reason) not in _said:
+        _said.add((impl, reason))
+        warnings.warn(
+            f"fastprompt: {op} and others run without their {impl} implementation: {reason}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 @cache
@@ -121,3 +155,4 @@ def _load(module: str) -> ModuleType:
 
 for _op in OPS:
     register(_op, "reference", f"fastprompt._eager.{_op}")
+    register(_op, "cpu", f"fastprompt._cpu.{_op}", native.obstacle)

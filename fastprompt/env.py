@@ -1,11 +1,22 @@
 """Every environment variable fastprompt reads, read here and nowhere else (table in docs/environment.md)."""
 
 import os
+from typing import Any
+
+# os.environ encodes and decodes at every look-up, which takes a microsecond; behind it is a dict, of bytes on POSIX
+_held: Any = getattr(os.environ, "_data", os.environ)
+_IMPL: Any = b"FASTPROMPT_IMPL" if os.supports_bytes_environ and _held is not os.environ else "FASTPROMPT_IMPL"
 
 
 def default_impl() -> str | None:
-    """`FASTPROMPT_IMPL`: implementation the ops use when a call names none."""
-    return os.environ.get("FASTPROMPT_IMPL") or None
+    """`FASTPROMPT_IMPL`: implementation the ops use when a call names none. Looked up at every call of an op."""
+    value = _held.get(_IMPL)
+    return os.fsdecode(value) if value else None
+
+
+def cpu_isa() -> str | None:
+    """`FASTPROMPT_CPU_ISA`: instruction set of the native kernels, the best one by default."""
+    return os.environ.get("FASTPROMPT_CPU_ISA") or None
 
 
 def in_force() -> dict[str, str]:

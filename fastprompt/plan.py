@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fastprompt import env, native
 from fastprompt.errors import ArgumentError
 
 _LENGTH_BITS = 32  # a row's sorting key is its start above its length
 _NO_PROMPT = 1 << 64
+_INT32 = torch.iinfo(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,16 @@ class BatchPlan:
         `prefix_start`, `prefix_len`: integers, one a row; a tensor on an accelerator is copied to the host.
         `capacity_rows`: rows the plan has room for, by default the rows given. Rows may later carry other
         extents (another layer's arena, or none there) as long as the rows of one group still share theirs.
-        Raises `ArgumentError` when the two differ in length, hold negative lengths or exceed the capacity.
+        Raises `ArgumentError` when the two differ in length, exceed the capacity, or hold negative lengths or numbers
+        beyond int32.
         """
         starts, lens = _host(prefix_start), _host(prefix_len)
-        rows = len(starts)
-        capacity = rows if capacity_rows is None else capacity_rows
-        _check(starts, lens, capacity)
-        keys = [s << _LENGTH_BITS | n if n else _NO_PROMPT for s, n in zip(starts, lens, strict=True)]
-        order = sorted(range(rows), key=keys.__getitem__)
-        offsets, group_start, group_len = [], [], []
-        previous = -1
-        for at, row in enumerate(order):
-            if keys[row] != previous:
-                previous = keys[row]
-                offsets.append(at)
-                group_start.append(starts[row] if lens[row] else 0)
-                group_len.append(lens[row])
-        offsets.append(rows)
-        blank = [-1] * (capacity - len(group_start))
-        packed = order + [-1] * (capacity - rows) + offsets + blank + group_start + blank + group_len + blank
-        return cls(torch.frombuffer(array("i", packed), dtype=torch.int32), capacity)
+        capacity = len(starts) if capacity_rows is None else capacity_rows
+        if env.default_impl() == "reference" or native.obstacle() is not None:
+            return cls(_pack(_numbers(starts), _numbers(lens), capacity), capacity)
+        packed = torch.empty(4 * max(capacity, 0) + 1, dtype=torch.int32)
+        native.load().build_plan(packed, starts, lens, capacity)
+        return cls(packed, capacity)
 
     @property
     def order(self) -> torch.Tensor:
@@ -107,8 +99,35 @@ def unpack(packed: torch.Tensor) -> tuple[list[int], list[int]]:
     return order[: offsets[-1]], offsets
 
 
-def _host(values: Sequence[int] | torch.Tensor) -> list[int]:
-    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
+def _host(values: Sequence[int] | torch.Tensor) -> list[int] | torch.Tensor:
+    """As the extension takes them."""
+    if isinstance(values, torch.Tensor):
+        return values if values.is_cpu and values.dtype in (torch.int32, torch.int64) else values.tolist()
+    return values if type(values) is list else list(values)
+
+
+def _numbers(values: list[int] | torch.Tensor) -> list[int]:
+    return values.tolist() if isinstance(values, torch.Tensor) else values
+
+
+def _pack(starts: list[int], lens: list[int], capacity: int) -> torch.Tensor:
+    """`BatchPlan.packed` in plain Python; csrc/plan.cpp does the same."""
+    _check(starts, lens, capacity)
+    rows = len(starts)
+    keys = [s << _LENGTH_BITS | n if n else _NO_PROMPT for s, n in zip(starts, lens, strict=True)]
+    order = sorted(range(rows), key=keys.__getitem__)
+    offsets, group_start, group_len = [], [], []
+    previous = -1
+    for at, row in enumerate(order):
+        if at == 0 or keys[row] != previous:
+            previous = keys[row]
+            offsets.append(at)
+            group_start.append(starts[row] if lens[row] else 0)
+            group_len.append(lens[row])
+    offsets.append(rows)
+    blank = [-1] * (capacity - len(group_start))
+    packed = order + [-1] * (capacity - rows) + offsets + blank + group_start + blank + group_len + blank
+    return torch.frombuffer(array("i", packed), dtype=torch.int32)
 
 
 def _check(starts: list[int], lens: list[int], capacity: int) -> None:
@@ -118,6 +137,9 @@ def _check(starts: list[int], lens: list[int], capacity: int) -> None:
         )
     if capacity < len(starts):
         raise ArgumentError(f"capacity_rows is {capacity}, the batch has {len(starts)} rows; raise the capacity")
-    if lens and min(lens) < 0:
-        row = next(i for i, n in enumerate(lens) if n < 0)
-        raise ArgumentError(f"prefix_len[{row}] is {lens[row]}, expected 0 (no prompt) or more")
+    for row, (start, length) in enumerate(zip(starts, lens, strict=True)):
+        if length < 0:
+            raise ArgumentError(f"prefix_len[{row}] is {length}, expected 0 (no prompt) or more")
+        for name, value in (("prefix_len", length), ("prefix_start", start if length else 0)):
+            if not _INT32.min <= value <= _INT32.max:
+                raise ArgumentError(f"{name}[{row}] is {value}, expected a number that fits int32")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -126,3 +126,18 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
         torch.testing.assert_close(
             actual, expected, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}", check_dtype=False
         )
+
+
+def widest(impl: str) -> torch.dtype:
+    """The most precise dtype that an implementation takes."""
+    return torch.float64 if impl == "reference" else torch.float32
+
+
+def doubled(args: Sequence) -> list:
+    """Arguments with every floating point tensor in float64, for the oracle."""
+    return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+
+
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """Bound on the relative error of a sum of so many products, each rounded once, and of the result's own rounding."""
+    return (terms + 2) * torch.finfo(dtype).eps

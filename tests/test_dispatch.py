@@ -3,17 +3,26 @@
 import warnings
 
 import pytest
+import torch
 
-from fastprompt import dispatch
+from fastprompt import dispatch, native
 from fastprompt.errors import ArgumentError, ImplementationError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
 def table(monkeypatch):
-    """A table to register into, gone after the test, with the notices of earlier tests forgotten."""
-    monkeypatch.setattr(dispatch, "_table", dict(dispatch._table))
+    """A table of the reference alone to register into, gone after the test; what was said or chosen is forgotten."""
+    own = {key: entry for key, entry in dispatch._table.items() if key[1] == "reference"}
+    monkeypatch.setattr(dispatch, "_table", own)
+    monkeypatch.setattr(dispatch, "_best_known", {})
+    monkeypatch.setattr(dispatch, "_said", set())
     monkeypatch.delenv("FASTPROMPT_IMPL", raising=False)
-    dispatch._say_once.cache_clear()
+
+
+def choose(op, impl, device=CPU, *dtypes):
+    return dispatch.choose(op, impl, device, *(dtypes or (torch.float32,)))
 
 
 def test_the_reference_is_chosen_where_nothing_better_is(table):
@@ -21,41 +30,71 @@ def test_the_reference_is_chosen_where_nothing_better_is(table):
         warnings.simplefilter("error")
         for op in dispatch.OPS:
             for device in ("cpu", "cuda", "meta"):
-                assert dispatch.choose(op, None, device) == "reference"
+                assert choose(op, None, torch.device(device)) == "reference"
 
 
 def test_the_best_that_runs_is_chosen(table):
     dispatch.register("merge_states", "cpu", "fastprompt._eager.merge_states")
-    assert dispatch.choose("merge_states", None, "cpu") == "cpu"
-    assert dispatch.choose("merge_states", None, "cuda") == "reference"
-    assert dispatch.choose("merge_states", "reference", "cpu") == "reference"
+    for _ in range(2):  # found out, then remembered
+        assert choose("merge_states", None) == "cpu"
+        assert choose("merge_states", None, CUDA) == "reference"
+        assert choose("merge_states", "reference") == "reference"
+
+
+def test_what_is_registered_later_is_seen(table):
+    assert choose("merge_states", None) == "reference"
+    dispatch.register("merge_states", "cpu", "fastprompt._eager.merge_states")
+    assert choose("merge_states", None) == "cpu"
+
+
+def test_kernels_get_no_float64(table):
+    dispatch.register("embed_prompts", "cpu", "fastprompt._eager.embed_prompts")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtypes in ((torch.float64, torch.float64), (torch.bfloat16, torch.float64)):
+            assert choose("embed_prompts", None, CPU, *dtypes) == "reference"
+        assert choose("embed_prompts", "cpu", CPU, torch.bfloat16, torch.float32) == "cpu"
+    with pytest.raises(ImplementationError, match=r"got torch.float64, expected torch.float32, "):
+        choose("embed_prompts", "cpu", CPU, torch.float16, torch.float64)
+    with pytest.raises(ImplementationError, match="tensors are on cuda, expected cpu"):
+        choose("embed_prompts", "cpu", CUDA)
+
+
+@pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+def test_native_kernels_run_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("FASTPROMPT_IMPL", raising=False)
+    for op in ("embed_prompts", "grouped_linear", "merge_states"):
+        assert [choose(op, None, CPU, dtype) for dtype in (torch.float32, torch.float64)] == ["cpu", "reference"]
+        assert callable(dispatch.kernels(op, "cpu").forward)
 
 
 def test_a_fallback_from_what_should_run_is_said_once(table):
     dispatch.register("merge_states", "cpu", "fastprompt.nowhere", lambda: "its library is broken")
+    dispatch.register("grouped_linear", "cpu", "fastprompt.nowhere", lambda: "its library is broken")
     with pytest.warns(RuntimeWarning, match=r"merge_states.*its library is broken"):
-        assert dispatch.choose("merge_states", None, "cpu") == "reference"
+        assert choose("merge_states", None) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dispatch.choose("merge_states", None, "cpu") == "reference"
+        assert choose("merge_states", None, CPU, torch.float16) == "reference"
+        assert choose("grouped_linear", None) == "reference"  # for the same reason
 
 
 @pytest.mark.parametrize("impl", ["cpu", "triton", "cuda"])
 def test_an_explicit_choice_raises_instead_of_falling_back(table, monkeypatch, impl):
-    with pytest.raises(ImplementationError, match=f"'{impl}'.*not installed"):
-        dispatch.choose("prefix_attention", impl, "cpu")
+    with pytest.raises(ImplementationError, match=f"'{impl}', which cannot run prefix_attention: "):
+        choose("prefix_attention", impl)
     monkeypatch.setenv("FASTPROMPT_IMPL", impl)
     with pytest.raises(ImplementationError, match="FASTPROMPT_IMPL"):
-        dispatch.choose("prefix_attention", None, "cpu")
-    assert dispatch.choose("prefix_attention", "reference", "cpu") == "reference"
+        choose("prefix_attention", None)
+    assert choose("prefix_attention", "reference") == "reference"
 
 
 def test_an_unknown_name_lists_the_known_ones(table, monkeypatch):
     with pytest.raises(ArgumentError, match=r"'fast'.*reference, cpu, triton, cuda"):
-        dispatch.choose("prefix_attention", "fast", "cpu")
+        choose("prefix_attention", "fast")
     monkeypatch.setenv("FASTPROMPT_IMPL", "quick")
     with pytest.raises(ArgumentError, match="FASTPROMPT_IMPL is 'quick'"):
-        dispatch.choose("prefix_attention", None, "cpu")
+        choose("prefix_attention", None)
 
 
 def test_explain_lists_every_op_with_every_implementation(table):

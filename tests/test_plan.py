@@ -7,8 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastprompt import native
 from fastprompt.errors import ArgumentError
 from fastprompt.plan import BatchPlan, unpack
+
+
+@pytest.fixture(params=["python", *([] if native.obstacle() else ["native"])], autouse=True, scope="module")
+def builder(request):
+    """Plans are built in Python, which is what runs without the extension, and in C++."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FASTPROMPT_IMPL", raising=False)
+        if request.param == "python":
+            patch.setenv("FASTPROMPT_IMPL", "reference")
+        yield request.param
 
 
 def test_groups_rows_by_prompt():
@@ -47,6 +58,31 @@ def test_every_row_is_in_the_group_of_its_prompt(rows, spare):
         seen.add(prompt)
 
 
+def outcome(*args, **more):
+    """The packed plan as a list, or the error's text."""
+    try:
+        return BatchPlan.build(*args, **more).packed.tolist()
+    except ArgumentError as error:
+        return str(error)
+
+
+numbers = st.integers(0, 3) | st.integers(-2, 2**31) | st.integers(2**31 - 2, 2**40)
+
+
+@pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+@given(rows=st.lists(st.tuples(numbers, numbers), max_size=12), capacity=st.none() | st.integers(0, 14), data=st.data())
+def test_python_and_the_extension_agree(rows, capacity, data):
+    starts, lens = [s for s, _ in rows], [n for _, n in rows]
+    kind = data.draw(st.sampled_from([list, tuple, torch.tensor, lambda x: torch.tensor(x).repeat_interleave(2)[::2]]))
+    starts, lens = (kind(v) if v else v for v in (starts, lens))
+    got = []
+    for impl in ("reference", ""):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FASTPROMPT_IMPL", impl)
+            got.append(outcome(starts, lens, capacity_rows=capacity))
+    assert got[0] == got[1]
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ArgumentError, match="prefix_start has 2 rows and prefix_len has 1"):
         BatchPlan.build([1, 2], [3])
@@ -54,3 +90,7 @@ def test_bad_arguments_are_named():
         BatchPlan.build([1, 2], [3, -3])
     with pytest.raises(ArgumentError, match="capacity_rows is 1"):
         BatchPlan.build([1, 2], [3, 3], capacity_rows=1)
+    with pytest.raises(ArgumentError, match=r"prefix_start\[1\] is 2147483648, expected a number that fits int32"):
+        BatchPlan.build([1, 2**31], [3, 3])
+    with pytest.raises(TypeError):
+        BatchPlan.build([1.5], [3])

@@ -37,7 +37,7 @@ def forward(
     """`[B, out_len, E]`."""
     at = _place(input_ids, prompts.shape[0], prompt_start, prompt_len, positions, text_start, text_len, left, out_len)
     out = weight.new_zeros(input_ids.shape[0] * out_len, weight.shape[1])
-    text = weight.index_select(0, at.text_ids)
+    text = _look_up(weight, at.text_ids)
     out.index_copy_(0, at.text_to, text if scale is None else text.mul_(scale))
     out.index_copy_(0, at.virtual_to, prompts.index_select(0, at.virtual_from).to(weight.dtype))
     return out.view(input_ids.shape[0], out_len, weight.shape[1])
@@ -70,6 +70,14 @@ def backward(
     return dweight, dprompts
 
 
+def _look_up(weight: Tensor, ids: Tensor) -> Tensor:
+    try:
+        return weight.index_select(0, ids)
+    except IndexError:
+        bad = ids[(ids < 0) | (ids >= weight.shape[0])][0]
+        raise ArgumentError(f"input_ids holds {bad}, expected 0..{weight.shape[0] - 1}, the rows of weight") from None
+
+
 def _sum_into(like: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """Rows of `values` summed by `index`, in float32 at least and in one order on every run."""
     wide = torch.promote_types(like.dtype, torch.float32)
@@ -96,12 +104,16 @@ def _place(
     device = input_ids.device
     start, length = start.long(), length.long()
     first = torch.zeros_like(length) if text_start is None else text_start.long().clamp(min=0)
-    last = torch.full_like(length, columns) if text_len is None else text_len.long()
+    last = torch.full_like(length, columns) if text_len is None else text_len.long().clamp(max=columns)
     texts = (last - first).clamp(min=0)
     total = length + texts
     _check(start.tolist(), length.tolist(), total.tolist(), tokens, out_len)
     base = torch.arange(rows, device=device) * out_len + (out_len - total if left else 0)  # of the row's sequence
     width = int(length.max()) if rows else 0
+    if positions is not None and positions.shape[1] < width:
+        raise ArgumentError(
+            f"positions has {positions.shape[1]} columns, the longest prompt has {width} tokens; give a place for each"
+        )
     i = torch.arange(width, device=device)
     virtual = i < length[:, None]  # [B, P]
     index = i.expand(rows, width) if positions is None else positions[:, :width].long()

@@ -55,12 +55,21 @@ def _threads() -> dict[str, int]:
 def _devices() -> dict[str, str]:
     import torch
 
-    devices = {"cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"}
+    devices = {"cpu": f"{platform.machine()}, torch for {torch.backends.cpu.get_cpu_capability()}, {_native_kernels()}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
         devices[f"cuda:{index}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
     return devices
+
+
+def _native_kernels() -> str:
+    from fastprompt import native
+
+    try:
+        return f"native kernels for {native.load().isa()}"
+    except FastPromptError:  # the table of ops says why
+        return "no native kernels"
 
 
 def _chosen() -> tuple[dict[str, dict[str, str]], str | None]:
@@ -75,7 +84,7 @@ def _chosen() -> tuple[dict[str, dict[str, str]], str | None]:
     for kind, names in chosen.items():
         for op in dispatch.OPS:
             try:
-                names[op] = dispatch.choose(op, None, kind)
+                names[op] = dispatch.choose(op, None, torch.device(kind), torch.float32)
             except FastPromptError as error:  # FASTPROMPT_IMPL asks for what cannot run
                 problem = str(error)
     return chosen, problem

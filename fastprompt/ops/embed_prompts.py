@@ -68,7 +68,8 @@ def embed_prompts(
         out_len = columns + (int(prompt_len.max()) if rows else 0)
     return torch.ops.fastprompt.embed_prompts.default(
         input_ids, weight, prompts, prompt_start, prompt_len, positions, text_start, text_len,
-        padding_side == "left", out_len, scale, dispatch.choose("embed_prompts", impl, weight.device.type),
+        padding_side == "left", out_len, scale,
+        dispatch.choose("embed_prompts", impl, weight.device, weight.dtype, prompts.dtype),
     )  # fmt: skip
 
 

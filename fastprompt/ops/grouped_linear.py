@@ -48,7 +48,7 @@ def grouped_linear(
     if max_out is None:
         max_out = int(length.max()) if x.shape[0] else 0
     return torch.ops.fastprompt.grouped_linear.default(
-        x, weight, bias, start, length, max_out, dispatch.choose("grouped_linear", impl, x.device.type)
+        x, weight, bias, start, length, max_out, dispatch.choose("grouped_linear", impl, x.device, x.dtype)
     )
 
 

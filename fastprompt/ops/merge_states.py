@@ -42,7 +42,7 @@ def merge_states(
         if lse.dtype != want:
             raise ArgumentError(f"{name} is {lse.dtype}, expected {want} with outs of {out_a.dtype}")
     return torch.ops.fastprompt.merge_states.default(
-        out_a, lse_a, out_b, lse_b, dispatch.choose("merge_states", impl, out_a.device.type)
+        out_a, lse_a, out_b, lse_b, dispatch.choose("merge_states", impl, out_a.device, out_a.dtype)
     )
 
 

@@ -62,7 +62,7 @@ def paged_prefix_attention(
     out, lse = torch.ops.fastprompt.paged_prefix_attention.default(
         q, k_cache, v_cache, block_table, q_start, kv_len, prefix_k, prefix_v, prefix_start, prefix_len, sinks,
         _checks.plan(plan, kv_len.shape[0]), q.shape[2] ** -0.5 if scale is None else scale, window, softcap,
-        return_lse, dispatch.choose("paged_prefix_attention", impl, q.device.type),
+        return_lse, dispatch.choose("paged_prefix_attention", impl, q.device, q.dtype),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -72,7 +72,7 @@ def prefix_attention(
     out, lse = torch.ops.fastprompt.prefix_attention.default(
         q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, bias, prefix_bias, kv_start, kv_len, q_start,
         _checks.plan(plan, q.shape[0]), causal, q.shape[3] ** -0.5 if scale is None else scale, window, softcap,
-        need_lse, dispatch.choose("prefix_attention", impl, q.device.type),
+        need_lse, dispatch.choose("prefix_attention", impl, q.device, q.dtype),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import fastprompt
-from fastprompt import dispatch
+from fastprompt import dispatch, native
 from fastprompt.cli import output
 
 COMMANDS = ("demo", "info", "import", "export", "inspect", "generate")
@@ -47,7 +47,9 @@ def test_json_says_what_runs(run, monkeypatch):
     assert data["threads"]["intra_op"] == torch.get_num_threads()
     assert data["devices"]["cpu"]
     assert len(data["ops"]) == len(dispatch.OPS) * len(dispatch.IMPLS)
-    assert data["chosen"]["cpu"] == {op: dispatch.choose(op, None, "cpu") for op in dispatch.OPS}
+    assert data["chosen"]["cpu"] == {
+        op: dispatch.choose(op, None, torch.device("cpu"), torch.float32) for op in dispatch.OPS
+    }
     assert data["environment"] == {} and data["problem"] is None and data["backbone"] is None
 
 
@@ -62,6 +64,20 @@ def test_environment_in_force_is_shown(run):
     data = json.loads(run("info", "--json", env={"FASTPROMPT_IMPL": "reference"}).stdout)
     assert data["environment"] == {"FASTPROMPT_IMPL": "reference"}
     assert set(data["chosen"]["cpu"].values()) == {"reference"}
+
+
+def test_native_kernels_and_their_instruction_set_are_shown(run):
+    kernels = "no native kernels" if native.obstacle() else f"native kernels for {native.load().isa()}"
+    assert json.loads(run("info", "--json").stdout)["devices"]["cpu"].endswith(kernels)
+
+
+def test_an_instruction_set_that_is_not_there_is_reported_not_raised(run):
+    if native.obstacle() is None:
+        native.load.cache_clear()
+        native.obstacle.cache_clear()
+        data = json.loads(run("info", "--json", env={"FASTPROMPT_CPU_ISA": "mmx"}).stdout)
+        rows = {(row["op"], row["impl"]): row for row in data["ops"]}
+        assert "FASTPROMPT_CPU_ISA is 'mmx'" in rows["merge_states", "cpu"]["reason"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])

@@ -1,16 +1,18 @@
 """merge_states against its oracle and against attention over all keys at once."""
 
+from functools import partial
+
 import pytest
 import torch
-from op_cases import INF, assert_same, attention
+from op_cases import INF, assert_same, attention, doubled, rounding, widest
 
 from fastprompt import ops, reference
 from fastprompt.errors import ArgumentError
 
 
-def states(dtype=torch.float64, strided=False):
+def states(dtype=torch.float64, strided=False, size=7):
     """Two states with parts, and pairs of parts, that saw nothing."""
-    shape = (2, 5, 3, 7)  # B, N, Hq, Dv
+    shape = (2, 5, 3, size)  # B, N, Hq, Dv
     outs = [torch.randn(*shape, dtype=torch.float64).to(dtype) for _ in range(2)]
     if strided:
         outs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in outs]
@@ -29,10 +31,12 @@ def found(op, args):
     return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=True))
 
 
+@pytest.mark.parametrize("size", [1, 7, 16, 67])
 @pytest.mark.parametrize("strided", [False, True])
-def test_equals_the_oracle(strided):
-    args = states(strided=strided)
-    assert_same(found(ops.merge_states, args), found(reference.merge_states, args), 1e-12)
+def test_equals_the_oracle(impl, strided, size):
+    args = states(widest(impl), strided, size)
+    merge = partial(ops.merge_states, impl=impl)
+    assert_same(found(merge, args), found(reference.merge_states, doubled(args)), rounding(widest(impl), size + 8))
 
 
 def test_parts_make_the_whole():
@@ -45,17 +49,31 @@ def test_parts_make_the_whole():
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_a_part_that_saw_nothing_may_hold_anything():
-    args = states()
+def test_a_part_that_saw_nothing_may_hold_anything(impl):
+    args = states(widest(impl))
     poisoned = args[0].masked_fill((args[1] == -INF).transpose(1, 2)[..., None], float("nan"))
-    assert_same(found(ops.merge_states, (poisoned, *args[1:])), found(reference.merge_states, args), 1e-12)
+    got = found(partial(ops.merge_states, impl=impl), (poisoned, *args[1:]))
+    assert_same(got, found(reference.merge_states, doubled(args)), rounding(widest(impl), 15))
+
+
+def test_gradients_of_odd_strides(impl):
+    a, la, b, lb = states(widest(impl))
+    args = (a[:1].expand(2, -1, -1, -1), la, b[..., ::1], lb.transpose(1, 2).contiguous().transpose(1, 2))
+    out, _ = ops.merge_states(*[x.requires_grad_() for x in args], impl=impl)
+    want, _ = reference.merge_states(*[x.detach().double().requires_grad_() for x in args])
+    grads = torch.autograd.grad(out.sum(), args)  # a gradient of ones is one number, expanded
+    exact = [x.detach().double().requires_grad_() for x in args]
+    wanted = torch.autograd.grad(reference.merge_states(*exact)[0].sum(), exact)
+    assert_same(
+        dict(enumerate([out.detach(), *grads])), dict(enumerate([want.detach(), *wanted])), rounding(widest(impl), 15)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision(dtype):
+def test_low_precision(impl, dtype):
     args = states(dtype)
-    exact = found(reference.merge_states, [x.double() for x in args])
-    for name, got in found(ops.merge_states, args).items():
+    exact = found(reference.merge_states, doubled(args))
+    for name, got in found(partial(ops.merge_states, impl=impl), args).items():
         eps = torch.finfo(got.dtype if name.startswith(("out", "dout")) else dtype).eps
         finite = exact[name].isfinite()
         assert torch.equal(finite, got.isfinite())
@@ -64,7 +82,7 @@ def test_low_precision(dtype):
         assert (got.double()[finite] - want).abs().max() <= 8 * eps * max(1.0, want.abs().max())
 
 
-def test_gradcheck_opcheck_and_compile():
+def test_gradcheck():
     args = [x.requires_grad_() for x in states()]
 
     def function(*leaves):
@@ -74,14 +92,23 @@ def test_gradcheck_opcheck_and_compile():
     finite = [args[0], args[1].detach().masked_fill(args[1] == -INF, -3.0).requires_grad_(), args[2], args[3]]
     finite[3] = args[3].detach().masked_fill(args[3] == -INF, 1.0).requires_grad_()
     assert torch.autograd.gradcheck(function, finite)
-    torch.library.opcheck(torch.ops.fastprompt.merge_states.default, (*args, "reference"))
-    plain = [x.detach() for x in states(strided=True)]
-    torch.library.opcheck(
-        torch.ops.fastprompt.merge_states_backward.default, (plain[0], plain[1].exp(), *plain, "reference")
-    )
+
+
+def test_opcheck_and_compile(impl):
+    args = [x.requires_grad_() for x in states(widest(impl))]
+    torch.library.opcheck(torch.ops.fastprompt.merge_states.default, (*args, impl))
+    plain = [x.detach() for x in states(widest(impl), strided=True)]
+    torch.library.opcheck(torch.ops.fastprompt.merge_states_backward.default, (plain[0], plain[1].exp(), *plain, impl))
+    torch.compiler.reset()
+    compiled = torch.compile(partial(ops.merge_states, impl=impl), fullgraph=True, backend="aot_eager")
+    assert_same(found(compiled, args), found(partial(ops.merge_states, impl=impl), args), 0)
+
+
+def test_compiles_where_the_implementation_is_chosen():
+    args = states(torch.float32)
     torch.compiler.reset()
     compiled = torch.compile(ops.merge_states, fullgraph=True, backend="aot_eager")
-    assert_same(found(compiled, args), found(ops.merge_states, args), 1e-12)
+    assert_same(found(compiled, args), found(ops.merge_states, args), 0)
 
 
 def test_bad_arguments_are_named():

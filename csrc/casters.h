@@ -1,0 +1,123 @@
+// How arguments of Python become View, Index and IndexTable: part of bindings.cpp, the only file that knows Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "dlpack.h"
+#include "view.h"
+
+namespace fastprompt::python {
+
+namespace py = pybind11;
+
+inline dlpack::Exchange* exchange = nullptr;  // torch's, set when the module is loaded
+
+// The tensor behind a Python object, which must be a torch.Tensor in main memory.
+inline dlpack::Tensor borrow(py::handle object) {
+  dlpack::Tensor tensor;
+  if (exchange->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  if (tensor.device_type != dlpack::kCpu) throw std::runtime_error("a tensor is not in main memory");
+  tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return tensor;
+}
+
+inline bool integers(const dlpack::Tensor& t, int dims) {
+  return t.type_code == dlpack::kInt && (t.bits == 32 || t.bits == 64) && t.dims == dims;
+}
+
+// Tensors without elements have no data; they were given all the same.
+inline void* data_of(const dlpack::Tensor& t) {
+  static char nothing;
+  return t.data ? t.data : &nothing;
+}
+
+inline bool convert(const dlpack::Tensor& t, View& view) {
+  const bool single = t.type_code == dlpack::kFloat && t.bits == 32;
+  const bool half = (t.type_code == dlpack::kFloat || t.type_code == dlpack::kBfloat) && t.bits == 16;
+  if (!(single || half) || t.dims > 4) return false;
+  view.data = data_of(t);
+  view.dims = t.dims;
+  view.dtype = single ? Dtype::f32 : t.type_code == dlpack::kBfloat ? Dtype::bf16 : Dtype::f16;
+  for (int i = 0; i < t.dims; ++i) {
+    view.size[i] = t.shape[i];
+    view.stride[i] = t.strides[i];
+  }
+  return true;
+}
+
+inline bool convert(const dlpack::Tensor& t, Index& index) {
+  if (!integers(t, 1)) return false;
+  index = {data_of(t), t.bits == 64, t.shape[0], t.strides[0]};
+  return true;
+}
+
+inline bool convert(const dlpack::Tensor& t, IndexTable& table) {
+  if (!integers(t, 2)) return false;
+  table = {data_of(t), t.bits == 64, t.shape[0], t.shape[1], t.strides[0], t.strides[1]};
+  return true;
+}
+
+// Numbers out of an integer vector where it lies, or copied from a list of ints.
+struct Numbers {
+  Index index;
+  std::vector<int64_t> copied;
+};
+
+inline bool convert(py::list list, Numbers& numbers) {
+  numbers.copied.resize(list.size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    int overflow;
+    int64_t& number = numbers.copied[i];
+    number = PyLong_AsLongLongAndOverflow(PyList_GET_ITEM(list.ptr(), i), &overflow);
+    if (overflow != 0) number = overflow < 0 ? INT64_MIN : INT64_MAX;
+    if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  numbers.index = {numbers.copied.data(), true, static_cast<int64_t>(list.size()), 1};
+  return true;
+}
+
+// None stays empty.
+template <class T>
+struct Caster {
+  T value;
+  bool load(py::handle source, bool) { return source.is_none() || convert(borrow(source), value); }
+  template <class>
+  using cast_op_type = T&;
+  operator T&() { return value; }
+};
+
+}  // namespace fastprompt::python
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fastprompt::View> : fastprompt::python::Caster<fastprompt::View> {
+  static constexpr auto name = const_name("float tensor | None");
+};
+template <>
+struct type_caster<fastprompt::Index> : fastprompt::python::Caster<fastprompt::Index> {
+  static constexpr auto name = const_name("integer vector | None");
+};
+template <>
+struct type_caster<fastprompt::IndexTable> : fastprompt::python::Caster<fastprompt::IndexTable> {
+  static constexpr auto name = const_name("integer matrix | None");
+};
+
+template <>
+struct type_caster<fastprompt::python::Numbers> {
+  static constexpr auto name = const_name("integer vector | list[int]");
+  fastprompt::python::Numbers value;
+  bool load(handle source, bool) {
+    using namespace fastprompt::python;
+    const bool list = PyList_Check(source.ptr());
+    return list ? convert(reinterpret_borrow<pybind11::list>(source), value) : convert(borrow(source), value.index);
+  }
+  template <class>
+  using cast_op_type = fastprompt::python::Numbers&;
+  operator fastprompt::python::Numbers&() { return value; }
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,120 @@
+#include "prefix_attention.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "errors.h"
+#include "plan.h"
+
+namespace fastprompt {
+namespace {
+
+// The rows of a call sorted by prompt: as a plan says, or found out here.
+class Order {
+ public:
+  Order(const AttentionCall& call, const Index& plan) {
+    if (!plan) {
+      rows_.resize(4 * call.rows + 1);
+      build_plan(call.prefix_start, call.prefix_len, call.rows, rows_.data());
+      return;
+    }
+    const int64_t capacity = (plan.size - 1) / 4;
+    while (static_cast<int64_t>(rows_.size()) < capacity && plan[rows_.size()] >= 0) rows_.push_back(plan[rows_.size()]);
+    if (static_cast<int64_t>(rows_.size()) != call.rows) {
+      throw ArgumentError("plan holds " + std::to_string(rows_.size()) + " rows, the batch has " +
+                          std::to_string(call.rows) + "; build a plan for it");
+    }
+    for (int64_t g = 0, at = 0; at < call.rows; ++g) {
+      const int64_t first = rows_[at], end = plan[capacity + g + 1];
+      for (; at < end; ++at) check_pair(call, first, rows_[at]);
+    }
+  }
+
+  const int32_t* data() const { return rows_.data(); }
+
+ private:
+  static void check_pair(const AttentionCall& call, int64_t first, int64_t row) {
+    const bool same = call.prefix_len[first] == call.prefix_len[row] &&
+                      (!call.prefix_len[row] || call.prefix_start[first] == call.prefix_start[row]);
+    if (!same) {
+      throw ArgumentError("plan puts row " + std::to_string(row) + " with row " + std::to_string(first) +
+                          ", but prefix_start and prefix_len give them different prompts; build the plan from this batch");
+    }
+  }
+
+  std::vector<int32_t> rows_;
+};
+
+void check_bias(const AttentionCall& call) {
+  if (!call.prefix_bias) return;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < call.rows; ++b) longest = std::max(longest, call.prefix_len[b]);
+  if (longest > call.prefix_bias.size[3]) {
+    throw ArgumentError("prefix_bias has " + std::to_string(call.prefix_bias.size[3]) + " columns, the longest prefix has " +
+                        std::to_string(longest) + " tokens; give a column for each");
+  }
+}
+
+void check_offsets(const Index& q_start, int64_t tokens) {
+  const int64_t rows = q_start.size - 1;
+  bool rising = q_start[0] == 0 && q_start[rows] == tokens;
+  for (int64_t b = 0; b < rows; ++b) rising = rising && q_start[b] <= q_start[b + 1];
+  if (!rising) throw ArgumentError("q_start does not rise from 0 to the " + std::to_string(tokens) + " queries");
+}
+
+void check_pages(const AttentionCall& call) {
+  const int64_t blocks = call.k.size[0], page = call.k.size[1], room = call.block_table.columns * page;
+  check_offsets(call.q_start, call.q.size[0]);
+  for (int64_t b = 0; b < call.rows; ++b) {
+    const int64_t length = call.kv_len[b], queries = call.q_start[b + 1] - call.q_start[b];
+    if (length < queries || length > room) {
+      throw ArgumentError("kv_len[" + std::to_string(b) + "] is " + std::to_string(length) + ", expected at least the row's " +
+                          std::to_string(queries) + " queries and at most the " + std::to_string(room) +
+                          " tokens of its block table");
+    }
+    const Index row = call.block_table[b];
+    for (int64_t i = 0; i * page < length; ++i) {
+      if (row[i] < 0 || row[i] >= blocks) {
+        throw ArgumentError("block_table names a block outside 0.." + std::to_string(blocks - 1) +
+                            " within some row's kv_len");
+      }
+    }
+  }
+}
+
+// Dimensions of size 1 stand for any size.
+void broadcast(View& view) {
+  for (int i = 0; i < view.dims; ++i) {
+    if (view.size[i] == 1) view.stride[i] = 0;
+  }
+}
+
+void prepare(AttentionCall& call) {
+  call.rows = call.prefix_len.size;
+  check_extents(call.prefix_start, call.prefix_len, call.prefix_k.size[1], "prefix_start and prefix_len");
+  check_bias(call);
+  if (call.paged()) check_pages(call);
+  broadcast(call.bias);
+  broadcast(call.prefix_bias);
+}
+
+}  // namespace
+
+void prefix_attention(AttentionCall call, const Index& plan) {
+  prepare(call);
+  const Order order(call, plan);
+  call.order = order.data();
+  kernels().prefix_attention(call);
+}
+
+void prefix_attention_backward(AttentionCall call, const Index& plan, const Gradients& gradients) {
+  prepare(call);
+  const Order order(call, plan);
+  call.order = order.data();
+  kernels().prefix_attention_backward({call, gradients});
+}
+
+}  // namespace fastprompt

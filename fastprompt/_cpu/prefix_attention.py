@@ -1,0 +1,112 @@
+"""Prefix attention, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt._cpu import kernels
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    prefix_bias: Tensor | None,
+    kv_start: Tensor | None,
+    kv_len: Tensor | None,
+    q_start: Tensor | None,
+    plan: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`out [B, N, Hq, Dv]` and `lse [B, Hq, N]` (`[0]` unless needed)."""
+    rows, heads, queries, _ = q.shape
+    out = q.new_empty(rows, queries, heads, v.shape[3])
+    lse = q.new_empty((rows, heads, queries) if need_lse else (0,), dtype=torch.float32)
+    kernels.prefix_attention(
+        plan, out, lse if need_lse else None, q, k, v, prefix_k, prefix_v, prefix_start, prefix_len,
+        single(sinks), single(bias), single(prefix_bias), kv_start, kv_len, q_start, None,
+        causal, scale, window or 0, softcap or 0.0,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    prefix_bias: Tensor | None,
+    kv_start: Tensor | None,
+    kv_len: Tensor | None,
+    q_start: Tensor | None,
+    plan: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, laid out as these; `[0]` where not wanted."""
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    inputs = (q, k, v, prefix_k, prefix_v)
+    grads = [torch.empty_like(x) if w else None for x, w in zip(inputs, wanted, strict=False)]
+    logits = [  # a bias is broadcast over logits: its gradient is a sum of theirs
+        None if b is None or not w else torch.zeros(*q.shape[:3], b.shape[3])
+        for b, w in zip((bias, prefix_bias), wanted[6:], strict=True)
+    ]
+    if any(g is not None for g in (*grads, *logits)):
+        kernels.prefix_attention_backward(
+            dout, dlse, *grads, *logits, plan, out, lse, *inputs, prefix_start, prefix_len,
+            single(sinks), single(bias), single(prefix_bias), kv_start, kv_len, q_start, None,
+            causal, scale, window or 0, softcap or 0.0,
+        )  # fmt: skip
+    none = q.new_empty(0)
+    return (
+        *(none if g is None else g for g in grads),
+        _sinks(sinks, dout, dlse, out, lse) if sinks is not None and wanted[5] else none,
+        *(none if g is None else _like(b, g) for b, g in zip((bias, prefix_bias), logits, strict=True)),
+    )
+
+
+def single(x: Tensor | None) -> Tensor | None:
+    """`x` in float32 with a contiguous last dimension."""
+    if x is None:
+        return None
+    x = x.float()
+    return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _sinks(sinks: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """A sink takes weight from all values and gives none of its own."""
+    lost = -(dout.float() * out.float()).sum(-1).transpose(1, 2)  # [B, Hq, N]
+    if dlse is not None:
+        lost = lost + dlse
+    weights = (sinks.float()[:, None] - lse).exp()
+    return _like(sinks, (weights * lost).sum((0, 2)))
+
+
+def _like(x: Any, grad: Tensor) -> Tensor:
+    """A gradient summed to the shape of its input, in its layout and dtype."""
+    return torch.empty_like(x).copy_(grad.sum_to_size(x.shape))
