@@ -9,6 +9,7 @@ FASTPROMPT_BUILD_DEBUG  1: address and undefined-behaviour sanitizers, assertion
 CXX, CXXFLAGS and LDFLAGS have their usual meaning. Files of csrc/cpu are compiled once for each instruction set.
 """
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -61,6 +62,9 @@ def includes() -> list[str]:
 
 def what_is_missing() -> str | None:
     """Why native code cannot be built here, found out by building some; None where it can."""
+    for package in ("ninja", "pybind11"):
+        if importlib.util.find_spec(package) is None:
+            return f"the Python package {package} is not installed, which pip brings unless build isolation is off"
     command = compiler()
     name = " ".join(command)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +126,8 @@ def build_file(sources: list[Path]) -> str:
     import pybind11
 
     flags = [*COMMON, *NUMBERS, *(CHECKED if DEBUG else ["-O3"]), "-I", str(ROOT / "csrc")]
-    flags += [*includes(), "-isystem", pybind11.get_include(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    python = [*includes(), "-isystem", pybind11.get_include()]  # elsewhere in every isolated build: for one file only
     link = [*(SANITIZE if DEBUG else []), "-pthread", *shlex.split(os.environ.get("LDFLAGS", ""))]
     command = escaped(shlex.join(compiler()))
     lines = [
@@ -132,12 +137,13 @@ def build_file(sources: list[Path]) -> str:
     ]
     objects = []
     for source in sorted(sources, key=lambda path: -(ROOT / path).stat().st_size):  # what takes longest starts first
-        variants = ISAS if source.parent.name == "cpu" else {"common": []}
+        variants = {"common": python if source.stem == "bindings" else []}
+        if source.parent.name == "cpu":
+            variants = {isa: [*more, f"-DFASTPROMPT_ISA={isa}"] for isa, more in ISAS.items()}
         for name, more in variants.items():
             objects.append(f"{name}/{source.stem}.o")
-            more = [*more, f"-DFASTPROMPT_ISA={name}"] if name in ISAS else more
             lines.append(f"build {objects[-1]}: compile {escaped(str(ROOT / source), path=True)}")
-            lines.append(f"  more = {' '.join(more)}")
+            lines.append(f"  more = {escaped(shlex.join(more))}")
     return "\n".join([*lines, f"build _native.so: link {' '.join(objects)}", ""])
 
 

@@ -5,10 +5,10 @@
 
 namespace fastprompt {
 
-// Own keys and values lie row by row (`k`, `v` of four dimensions: [B, Hkv, S, D]) or, with a `block_table` [B, blocks],
-// in pages (`k`, `v`: [blocks, block_size, Hkv, D]). In the first case `q` is [B, Hq, N, D] and `q_start` [B] the own
-// index of each row's first query (S - N where not given); in the second `q` is [tokens, Hq, D] and `q_start` [B + 1]
-// says where each row's queries begin. Index arguments, `sinks` and both biases (float32) may be missing.
+// Own keys and values lie row by row (`k`, `v` of four dimensions: [B, Hkv, S, D]) or, with a `block_table` [B,
+// blocks], in pages (`k`, `v`: [blocks, block_size, Hkv, D]). In the first case `q` is [B, Hq, N, D] and `q_start` [B]
+// the own index of each row's first query (S - N where not given); in the second `q` is [tokens, Hq, D] and `q_start`
+// [B + 1] says where each row's queries begin. Index arguments, `sinks` and both biases (float32) may be missing.
 struct AttentionCall {
   Dtype dtype = Dtype::f32;
   View q, k, v, prefix_k, prefix_v;

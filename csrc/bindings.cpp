@@ -21,7 +21,8 @@ using released = py::call_guard<py::gil_scoped_release>;
 void connect(py::capsule tensors, uintptr_t parallel_for, uintptr_t num_threads) {
   exchange = tensors.get_pointer<dlpack::Exchange>();
   if (exchange->major != 1 || !exchange->tensor_from_object) {
-    throw std::runtime_error("torch's DLPack interface has version " + std::to_string(exchange->major) + ", expected 1");
+    throw std::runtime_error("torch's DLPack interface has version " + std::to_string(exchange->major) +
+                             ", expected 1");
   }
   set_pool({reinterpret_cast<decltype(Pool::parallel_for)>(parallel_for),
             reinterpret_cast<decltype(Pool::num_threads)>(num_threads)});
@@ -43,10 +44,10 @@ void choose_isa(const std::string& name) {
   throw py::value_error(name);
 }
 
-AttentionCall attention_call(View out, View lse, View q, View k, View v, View prefix_k, View prefix_v, Index prefix_start,
-                             Index prefix_len, View sinks, View bias, View prefix_bias, Index kv_start, Index kv_len,
-                             Index q_start, IndexTable block_table, bool causal, float scale, int64_t window,
-                             float softcap) {
+AttentionCall attention_call(View out, View lse, View q, View k, View v, View prefix_k, View prefix_v,
+                             Index prefix_start, Index prefix_len, View sinks, View bias, View prefix_bias,
+                             Index kv_start, Index kv_len, Index q_start, IndexTable block_table, bool causal,
+                             float scale, int64_t window, float softcap) {
   AttentionCall call;
   call.dtype = q.dtype;
   call.out = out, call.lse = lse;
@@ -123,10 +124,11 @@ PYBIND11_MODULE(_native, m) {
       released());
   m.def(
       "embed_prompts_backward",
-      [](View dweight, View dprompts, View dout, IndexTable input_ids, View weight, View prompts, Index start, Index length,
-         IndexTable positions, Index text_start, Index text_len, bool left, float scale) {
-        embed_prompts_backward({dout, input_ids, weight, prompts, start, length, positions, text_start, text_len, left, scale},
-                               dweight, dprompts);
+      [](View dweight, View dprompts, View dout, IndexTable input_ids, View weight, View prompts, Index start,
+         Index length, IndexTable positions, Index text_start, Index text_len, bool left, float scale) {
+        embed_prompts_backward(
+            {dout, input_ids, weight, prompts, start, length, positions, text_start, text_len, left, scale}, dweight,
+            dprompts);
       },
       released());
   m.def("grouped_linear", grouped_linear, released());

@@ -1,6 +1,7 @@
 #include "prefix_attention.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -22,7 +23,8 @@ class Order {
       return;
     }
     const int64_t capacity = (plan.size - 1) / 4;
-    while (static_cast<int64_t>(rows_.size()) < capacity && plan[rows_.size()] >= 0) rows_.push_back(plan[rows_.size()]);
+    while (static_cast<int64_t>(rows_.size()) < capacity && plan[rows_.size()] >= 0)
+      rows_.push_back(plan[rows_.size()]);
     if (static_cast<int64_t>(rows_.size()) != call.rows) {
       throw ArgumentError("plan holds " + std::to_string(rows_.size()) + " rows, the batch has " +
                           std::to_string(call.rows) + "; build a plan for it");
@@ -40,8 +42,9 @@ class Order {
     const bool same = call.prefix_len[first] == call.prefix_len[row] &&
                       (!call.prefix_len[row] || call.prefix_start[first] == call.prefix_start[row]);
     if (!same) {
-      throw ArgumentError("plan puts row " + std::to_string(row) + " with row " + std::to_string(first) +
-                          ", but prefix_start and prefix_len give them different prompts; build the plan from this batch");
+      throw ArgumentError(
+          "plan puts row " + std::to_string(row) + " with row " + std::to_string(first) +
+          ", but prefix_start and prefix_len give them different prompts; build the plan from this batch");
     }
   }
 
@@ -53,8 +56,9 @@ void check_bias(const AttentionCall& call) {
   int64_t longest = 0;
   for (int64_t b = 0; b < call.rows; ++b) longest = std::max(longest, call.prefix_len[b]);
   if (longest > call.prefix_bias.size[3]) {
-    throw ArgumentError("prefix_bias has " + std::to_string(call.prefix_bias.size[3]) + " columns, the longest prefix has " +
-                        std::to_string(longest) + " tokens; give a column for each");
+    throw ArgumentError("prefix_bias has " + std::to_string(call.prefix_bias.size[3]) +
+                        " columns, the longest prefix has " + std::to_string(longest) +
+                        " tokens; give a column for each");
   }
 }
 
@@ -71,9 +75,9 @@ void check_pages(const AttentionCall& call) {
   for (int64_t b = 0; b < call.rows; ++b) {
     const int64_t length = call.kv_len[b], queries = call.q_start[b + 1] - call.q_start[b];
     if (length < queries || length > room) {
-      throw ArgumentError("kv_len[" + std::to_string(b) + "] is " + std::to_string(length) + ", expected at least the row's " +
-                          std::to_string(queries) + " queries and at most the " + std::to_string(room) +
-                          " tokens of its block table");
+      throw ArgumentError("kv_len[" + std::to_string(b) + "] is " + std::to_string(length) +
+                          ", expected at least the row's " + std::to_string(queries) + " queries and at most the " +
+                          std::to_string(room) + " tokens of its block table");
     }
     const Index row = call.block_table[b];
     for (int64_t i = 0; i * page < length; ++i) {
@@ -92,8 +96,52 @@ void broadcast(View& view) {
   }
 }
 
+bool has(const View& x, std::initializer_list<int64_t> sizes) {
+  if (x.dims != static_cast<int>(sizes.size())) return false;
+  int i = 0;
+  for (const int64_t size : sizes) {
+    if (size >= 0 && x.size[i] != size) return false;
+    ++i;
+  }
+  return x.size[i - 1] < 2 || x.stride[i - 1] == 1;
+}
+
+bool has(const Index& x, int64_t size) { return !x || x.size == size; }
+
+bool spreads(const View& bias, const AttentionCall& call, int64_t columns) {
+  if (!bias) return true;
+  if (bias.dtype != Dtype::f32 || !has(bias, {-1, -1, -1, columns})) return false;
+  for (int i = 0; i < 3; ++i) {
+    if (bias.size[i] != 1 && bias.size[i] != call.q.size[i]) return false;
+  }
+  return true;
+}
+
+// Everything the kernels rely on; Python's checks say what is wrong.
+bool fits(const AttentionCall& call) {
+  if (call.prefix_k.dims != 3 || call.q.dims < 3) return false;
+  for (const View* x : {&call.k, &call.v, &call.prefix_k, &call.prefix_v}) {
+    if (x->dtype != call.dtype) return false;
+  }
+  const int64_t rows = call.rows, dim = call.dim(), value_dim = call.value_dim(), kv_heads = call.kv_heads();
+  bool ok = kv_heads > 0 && call.heads() % kv_heads == 0 && has(call.prefix_start, rows) &&
+            has(call.prefix_k, {-1, -1, -1}) && has(call.prefix_v, {kv_heads, call.prefix_k.size[1], value_dim});
+  if (call.paged()) {
+    ok = ok && has(call.q, {-1, -1, dim}) && has(call.k, {-1, -1, kv_heads, dim}) &&
+         has(call.v, {call.k.size[0], call.k.size[1], kv_heads, value_dim}) && has(call.q_start, rows + 1) &&
+         has(call.kv_len, rows) && call.block_table.rows == rows;
+  } else {
+    ok = ok && has(call.q, {rows, -1, -1, dim}) && has(call.k, {rows, kv_heads, -1, dim}) &&
+         has(call.v, {rows, kv_heads, call.k.size[2], value_dim}) && has(call.q_start, rows) &&
+         has(call.kv_len, rows) && has(call.kv_start, rows) && spreads(call.bias, call, call.k.size[2]) &&
+         spreads(call.prefix_bias, call, -1);
+  }
+  return ok && (!call.sinks || (call.sinks.dtype == Dtype::f32 && has(call.sinks, {call.heads()})));
+}
+
 void prepare(AttentionCall& call) {
   call.rows = call.prefix_len.size;
+  if (!fits(call)) throw ArgumentError("the arguments' shapes, strides or dtypes do not fit together");
   check_extents(call.prefix_start, call.prefix_len, call.prefix_k.size[1], "prefix_start and prefix_len");
   check_bias(call);
   if (call.paged()) check_pages(call);

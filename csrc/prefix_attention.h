@@ -6,8 +6,8 @@
 
 namespace fastprompt {
 
-// `plan` is BatchPlan.packed; where it is missing the rows are sorted here. These throw ArgumentError for numbers that do
-// not fit the tensors.
+// `plan` is BatchPlan.packed; where it is missing the rows are sorted here. These throw ArgumentError for numbers that
+// do not fit the tensors.
 void prefix_attention(AttentionCall call, const Index& plan);
 void prefix_attention_backward(AttentionCall call, const Index& plan, const Gradients& gradients);
 

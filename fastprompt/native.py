@@ -45,15 +45,10 @@ def load() -> Any:
         raise ImplementationError(f"torch {torch.__version__} does not fit fastprompt._native: {error}") from None
     isa = env.cpu_isa()
     if isa is not None:
-        use_isa(native, isa)
+        if isa not in native.isas():
+            raise ArgumentError(f"FASTPROMPT_CPU_ISA is {isa!r}, expected one of {', '.join(native.isas())}, or unset")
+        native.use_isa(isa)
     return native
-
-
-def use_isa(native: Any, name: str) -> None:
-    """Makes all kernels run with one of the instruction sets that this processor has."""
-    if name not in native.isas():
-        raise ArgumentError(f"FASTPROMPT_CPU_ISA is {name!r}, expected one of {', '.join(native.isas())}, or unset")
-    native.use_isa(name)
 
 
 def _import() -> ModuleType:

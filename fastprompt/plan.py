@@ -54,7 +54,7 @@ class BatchPlan:
         """
         starts, lens = _host(prefix_start), _host(prefix_len)
         capacity = len(starts) if capacity_rows is None else capacity_rows
-        if env.default_impl() == "reference" or native.obstacle() is not None:
+        if _in_python():
             return cls(_pack(_numbers(starts), _numbers(lens), capacity), capacity)
         packed = torch.empty(4 * max(capacity, 0) + 1, dtype=torch.int32)
         native.load().build_plan(packed, starts, lens, capacity)
@@ -97,6 +97,11 @@ def unpack(packed: torch.Tensor) -> tuple[list[int], list[int]]:
     rows = offsets.index(-1) if offsets[-1] < 0 else len(offsets)
     offsets = offsets[:rows]
     return order[: offsets[-1]], offsets
+
+
+def _in_python() -> bool:
+    """Whether plans are built in Python: where the extension is missing or unwanted, or a compiler looks on."""
+    return torch.compiler.is_compiling() or env.default_impl() == "reference" or native.obstacle() is not None
 
 
 def _host(values: Sequence[int] | torch.Tensor) -> list[int] | torch.Tensor:

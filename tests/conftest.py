@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
-
-from fastprompt import native
+from op_cases import VARIANTS, running
 
 torch.set_num_threads(1)
 settings.register_profile("fastprompt", deadline=None, print_blob=True)
@@ -23,18 +22,8 @@ def _same_seed() -> None:
     torch.manual_seed(0)
 
 
-def _implementations() -> list[str]:
-    return ["reference", *([] if native.obstacle() else [f"cpu-{isa}" for isa in native.load().isas()])]
-
-
-@pytest.fixture(params=_implementations())
+@pytest.fixture(params=VARIANTS)
 def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each implementation that runs here, the native one with every instruction set that this processor has."""
-    name, _, isa = request.param.partition("-")
-    if not isa:
+    with running(request.param) as name:
         yield name
-        return
-    usual = native.load().isa()
-    native.load().use_isa(isa)
-    yield name
-    native.load().use_isa(usual)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from fastprompt import native
 
 INF = float("inf")
 DIFFERENTIABLE = ("q", "k", "v", "prefix_k", "prefix_v", "sinks", "bias", "prefix_bias")
@@ -126,6 +129,24 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
         torch.testing.assert_close(
             actual, expected, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}", check_dtype=False
         )
+
+
+VARIANTS = ["reference", *([] if native.obstacle() else [f"cpu-{isa}" for isa in native.load().isas()])]
+
+
+@contextmanager
+def running(variant: str) -> Iterator[str]:
+    """The name of the implementation of one of VARIANTS, while its instruction set is the one in use."""
+    name, _, isa = variant.partition("-")
+    if not isa:
+        yield name
+        return
+    usual = native.load().isa()
+    native.load().use_isa(isa)
+    try:
+        yield name
+    finally:
+        native.load().use_isa(usual)
 
 
 def widest(impl: str) -> torch.dtype:

@@ -33,7 +33,8 @@ class Few {
   // Floats of scratch that a tile of `p` needs.
   static int64_t scratch(const Problem& p) { return kFew * (round_up(p.dim, kWidth) + 2 * (kBlock + 2 * kRuns)); }
 
-  Few(const Problem& p, const Tile& tile, Scratch& scratch) : p_(p), tile_(tile), depth_(round_up(p.dim, kWidth) / kUnit) {
+  Few(const Problem& p, const Tile& tile, Scratch& scratch)
+      : p_(p), tile_(tile), depth_(round_up(p.dim, kWidth) / kUnit) {
     queries_ = scratch.floats(kFew * depth_ * kWidth);
     logits_ = scratch.floats(kFew * kStride);
     weights_ = R::kPack == 2 ? scratch.floats(kFew * kStride / 2) : logits_;
@@ -51,7 +52,7 @@ class Few {
     }
   }
 
-  void block(const Block& block, State& state) {
+  void block(const KeyBlock& block, State& state) {
     for (int i = 0; i < block.count; ++i) {
       const Run& run = block.runs[i];
       dots(run);
@@ -93,14 +94,17 @@ class Few {
         const float* q = queries_ + r * depth_ * kWidth;
         float* s = logits_ + r * kStride + run.column + t;
         int64_t i = 0;
-        for (; i + kAtOnce <= n; i += kAtOnce) dot_tile<kRows, kAtOnce>(q, k + i * run.k_stride, run.k_stride, v + i * run.v_stride, run.v_stride, s + i);
-        for (; i < n; ++i) dot_tile<kRows, 1>(q, k + i * run.k_stride, run.k_stride, v + i * run.v_stride, run.v_stride, s + i);
+        for (; i + kAtOnce <= n; i += kAtOnce)
+          dot_tile<kRows, kAtOnce>(q, k + i * run.k_stride, run.k_stride, v + i * run.v_stride, run.v_stride, s + i);
+        for (; i < n; ++i)
+          dot_tile<kRows, 1>(q, k + i * run.k_stride, run.k_stride, v + i * run.v_stride, run.v_stride, s + i);
       });
     }
   }
 
   template <int kRows, int kKeys>
-  FP_INLINE void dot_tile(const float* q, const char* k, int64_t stride, const char* v, int64_t v_stride, float* s) const {
+  FP_INLINE void dot_tile(const float* q, const char* k, int64_t stride, const char* v, int64_t v_stride,
+                          float* s) const {
     vf sum[kWidth] = {};
     int64_t d = 0;
     for (; d + 8 <= depth_; d += 8) add_dots<kRows, kKeys, 8>(q, k, stride, v, v_stride, d, sum);
@@ -120,7 +124,8 @@ class Few {
   // Vectors d .. d + kDepth - 1 of the dot products. Each key is read whole before the next: only so does the processor
   // fetch ahead what comes from memory.
   template <int kRows, int kKeys, int kDepth>
-  FP_INLINE void add_dots(const float* q, const char* k, int64_t stride, const char* v, int64_t v_stride, int64_t d, vf (&sum)[kWidth]) const {
+  FP_INLINE void add_dots(const float* q, const char* k, int64_t stride, const char* v, int64_t v_stride, int64_t d,
+                          vf (&sum)[kWidth]) const {
 #pragma GCC unroll 16
     for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 16
@@ -198,9 +203,12 @@ class Few {
         const float* w = weights_ + (r * kStride + run.column + t) / R::kPack;
         float* o = out + r * p_.width;
         int64_t c = 0;
-        for (; c + kWide * kWidth <= p_.width; c += kWide * kWidth) value_tile<kRows, kWide>(w, v, run.v_stride, next, run.k_stride, n, o, c);
-        if (c + 4 * kWidth <= p_.width) value_tile<kRows, 4>(w, v, run.v_stride, next, run.k_stride, n, o, c), c += 4 * kWidth;
-        for (; c + 2 * kWidth <= p_.width; c += 2 * kWidth) value_tile<kRows, 2>(w, v, run.v_stride, next, run.k_stride, n, o, c);
+        for (; c + kWide * kWidth <= p_.width; c += kWide * kWidth)
+          value_tile<kRows, kWide>(w, v, run.v_stride, next, run.k_stride, n, o, c);
+        if (c + 4 * kWidth <= p_.width)
+          value_tile<kRows, 4>(w, v, run.v_stride, next, run.k_stride, n, o, c), c += 4 * kWidth;
+        for (; c + 2 * kWidth <= p_.width; c += 2 * kWidth)
+          value_tile<kRows, 2>(w, v, run.v_stride, next, run.k_stride, n, o, c);
         if constexpr (R::kPack == 1) {
           if (c < p_.width) value_tile<kRows, 1>(w, v, run.v_stride, next, run.k_stride, n, o, c);
         }
@@ -210,7 +218,8 @@ class Few {
 
   // out[r, c ...] += sum_t w[r, t] v[t, c ...] over kWide vectors.
   template <int kRows, int kWide>
-  FP_INLINE void value_tile(const float* w, const char* v, int64_t stride, const char* next, int64_t next_stride, int64_t n, float* out, int64_t c) const {
+  FP_INLINE void value_tile(const float* w, const char* v, int64_t stride, const char* next, int64_t next_stride,
+                            int64_t n, float* out, int64_t c) const {
     constexpr int64_t w_stride = kStride / R::kPack;
     vf sum[kRows][kWide];
     for (int r = 0; r < kRows; ++r)

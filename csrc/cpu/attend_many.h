@@ -11,8 +11,8 @@ namespace fastprompt::FASTPROMPT_ISA {
 
 // Lowers what rows do not see to -inf and, with `reshape`, turns dot products into exponents of 2. `s` is
 // [run.count, stride], as are `bias` and `slope`, which may be null; `slope` gets the derivative of the softcap.
-inline void adjust_logits(const Problem& p, const Tile& tile, const Run& run, const float* bias, float* s, int64_t stride,
-                          float* slope = nullptr) {
+inline void adjust_logits(const Problem& p, const Tile& tile, const Run& run, const float* bias, float* s,
+                          int64_t stride, float* slope = nullptr) {
   int32_t lo[kTile], hi[kTile];
   for (int r = 0; r < kTile; ++r) {
     const Span span = r < tile.count ? seen(p.call, run, tile.position[r]) : Span{0, run.count};
@@ -75,8 +75,8 @@ void visible_products(const Problem& p, const Tile& tile, const Run& run, Operan
   }
 }
 
-// to[r, :] += sum over keys t of weights[t, r] * rows[t, :], for the rows r of a tile. `weights` [keys, stride] (of pairs
-// of keys where F has them) must be 0 where nothing is seen.
+// to[r, :] += sum over keys t of weights[t, r] * rows[t, :], for the rows r of a tile. `weights` [keys, stride] (of
+// pairs of keys where F has them) must be 0 where nothing is seen.
 template <class F>
 void weighted_rows(const Problem& p, const Tile& tile, const Run& run, const float* weights, int64_t stride,
                    const char* rows, int64_t row_stride, float* to, int64_t width) {
@@ -84,8 +84,13 @@ void weighted_rows(const Problem& p, const Tile& tile, const Run& run, const flo
   constexpr int kGroup = rows_beside(kMaxVectors);
   const auto part = [&](int64_t r, int64_t count, int64_t lo, int64_t hi) {
     lo = lo / F::kPack * F::kPack;
-    const Operands o{reinterpret_cast<const char*>(weights + lo / F::kPack * stride + r), stride * 4,
-                     rows + lo * row_stride, row_stride, to + r * width, width, (hi - lo) / F::kPack,
+    const Operands o{reinterpret_cast<const char*>(weights + lo / F::kPack * stride + r),
+                     stride * 4,
+                     rows + lo * row_stride,
+                     row_stride,
+                     to + r * width,
+                     width,
+                     (hi - lo) / F::kPack,
                      F::kPack == 2 && (hi - lo) % 2};
     multiply<F, A::kColumns, kB, true>(o, count, width / kWidth);
   };
@@ -117,7 +122,7 @@ class Many {
   // Takes the queries, whose numbers are of F's storage format.
   void queries(const char* const* rows) { transpose_rows(rows, tile_.count, p_.dim / F::kPack, queries_, stride_); }
 
-  void block(const Block& block, State& state) {
+  void block(const KeyBlock& block, State& state) {
     for (int i = 0; i < block.count; ++i) {
       const Run& run = block.runs[i];
       float* s = logits_ + run.column * stride_;
@@ -192,7 +197,8 @@ class Many {
   }
 
   void values(const Run& run, float* out) {
-    weighted_rows<F>(p_, tile_, run, logits_ + run.column / F::kPack * stride_, stride_, run.v, run.v_stride, out, p_.width);
+    weighted_rows<F>(p_, tile_, run, logits_ + run.column / F::kPack * stride_, stride_, run.v, run.v_stride, out,
+                     p_.width);
   }
 
   const Problem& p_;

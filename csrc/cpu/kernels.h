@@ -5,14 +5,14 @@
 #include "calls.h"
 
 // X(name, Call): `void name(const Call&)` in the namespace of each instruction set.
-#define FASTPROMPT_KERNELS(X)                    \
-  X(prefix_attention, AttentionCall)             \
+#define FASTPROMPT_KERNELS(X)                      \
+  X(prefix_attention, AttentionCall)               \
   X(prefix_attention_backward, AttentionGradients) \
-  X(merge_states, MergeStates)                   \
-  X(merge_states_backward, MergeStatesBackward)  \
-  X(gather_rows, GatherRows)                     \
-  X(sum_rows, SumRows)                           \
-  X(grouped_linear, GroupedLinear)               \
+  X(merge_states, MergeStates)                     \
+  X(merge_states_backward, MergeStatesBackward)    \
+  X(gather_rows, GatherRows)                       \
+  X(sum_rows, SumRows)                             \
+  X(grouped_linear, GroupedLinear)                 \
   X(grouped_linear_backward, GroupedLinearBackward)
 
 namespace fastprompt {

@@ -29,9 +29,10 @@ class Stage {
  public:
   static int64_t scratch(const Problem& p) { return kBlock * (round_up(p.dim, kWidth) + p.width); }
 
-  Stage(const Problem& p, Scratch& scratch) : p_(p), k_(scratch.floats(scratch_k())), v_(scratch.floats(kBlock * p.width)) {}
+  Stage(const Problem& p, Scratch& scratch)
+      : p_(p), k_(scratch.floats(scratch_k())), v_(scratch.floats(kBlock * p.width)) {}
 
-  void operator()(Block& block) const {
+  void operator()(KeyBlock& block) const {
     float *k = k_, *v = v_;
     for (int i = 0; i < block.count; ++i) {
       Run& run = block.runs[i];
@@ -59,7 +60,7 @@ class Forward {
   // `counts` are zeros, one a row and key-value head.
   Forward(const Problem& p, const Schedule& schedule, float* states, int32_t* counts)
       : p_(p), plan_(schedule), states_(states), counts_(counts) {
-    scratch_ = 4 * (kTile * p.width + Stage<T>::scratch(p) + kTile * p.dim +
+    scratch_ = 4 * (kTile * p.width + Stage<T>::scratch(p) + kTile * round_up(p.dim, kWidth) +
                     most(Many<Singles>::scratch(p), Few<Widened<float>>::scratch(p))) +
                4096;
   }
@@ -67,7 +68,8 @@ class Forward {
   void work(const Work& w, int64_t head) const {
     Tile tile;
     if (w.rows) {
-      for (int64_t i = w.row; i < w.row + w.rows; ++i) add(tile, plan_.order[i], head, 0, plan_.rows[plan_.order[i]].queries * p_.group);
+      for (int64_t i = w.row; i < w.row + w.rows; ++i)
+        add(tile, plan_.order[i], head, 0, plan_.rows[plan_.order[i]].queries * p_.group);
       attend(tile, plan_.rows[plan_.order[w.row]], head, w);
       return;
     }
@@ -124,14 +126,15 @@ class Forward {
       for (to = from + 1; to < tile.count && tile.row[to] == tile.row[from];) ++to;
       const Row& done = plan_.rows[tile.row[from]];
       int32_t* count = counts_ + tile.row[from] * p_.call.kv_heads() + head;
-      if (__atomic_add_fetch(count, to - from, __ATOMIC_ACQ_REL) == done.parts * done.queries * p_.group) merge(done, head, scratch);
+      if (__atomic_add_fetch(count, to - from, __ATOMIC_ACQ_REL) == done.parts * done.queries * p_.group)
+        merge(done, head, state.out);
     }
   }
 
-  // Puts the partial states of a row together, in their order; whoever wrote the last of them does it.
-  void merge(const Row& row, int64_t kv_head, Scratch& scratch) const {
+  // Puts the partial states of a row together, in their order; whoever wrote the last of them does it. `out` is room
+  // for one.
+  void merge(const Row& row, int64_t kv_head, float* out) const {
     const int64_t step = p_.call.heads() * row.queries * (p_.width + 2);
-    float* out = scratch.floats(p_.width);
     for (int64_t h = kv_head * p_.group; h < (kv_head + 1) * p_.group; ++h)
       for (int64_t i = 0; i < row.queries; ++i) {
         const float* first = state(row, 0, h, i);
@@ -176,7 +179,7 @@ class Forward {
 
   template <class Loops>
   void blocks(Loops& loops, const Tile& tile, Keys& keys, bool staged, State& state, Scratch& scratch) const {
-    Block block;
+    KeyBlock block;
     if (!staged) {
       while (block.fill(p_, tile, keys)) loops.block(block, state);
       return;
@@ -230,7 +233,7 @@ void run(const AttentionCall& call) {
   const int64_t counts = schedule.states ? call.rows * call.kv_heads() : 0;
   const int64_t states = schedule.states * (p.width + 2);
   float* memory = static_cast<float*>(call_scratch((states + counts) * 4));
-  memset(memory + states, 0, counts * 4);
+  if (counts) memset(memory + states, 0, counts * 4);
   const Forward<T> forward(p, schedule, memory, reinterpret_cast<int32_t*>(memory + states));
   for_each_unit(schedule.units.size(), [&](int64_t i) {
     const Unit& unit = schedule.units[i];

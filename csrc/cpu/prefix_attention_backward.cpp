@@ -1,8 +1,8 @@
 // Gradients of attention over a prefix in place and own keys.
 //
-// A unit is one key-value head of some rows of one prompt, taken in order. Their own keys' gradients are finished there;
-// the prefix's are summed in float32 per unit and the units' sums added in a fixed order, whatever thread did them. So
-// results are equal to the last bit on every run, with any number of threads.
+// A unit is one key-value head of some rows of one prompt, taken in order. Their own keys' gradients are finished
+// there; the prefix's are summed in float32 per unit and the units' sums added in a fixed order, whatever thread did
+// them. So results are equal to the last bit on every run, with any number of threads.
 #include "cpu/attend_many.h"
 #include "cpu/schedule.h"
 
@@ -131,7 +131,7 @@ class Backward {
     memset(m.dq, 0, tile.count * dim_ * 4);
     if (tile.count <= kFew) sharpen(tile, row, head, soft, m, stride);
     Keys keys(p_, row, head, 0, row.prefix + row.own);
-    Block block;
+    KeyBlock block;
     while (block.fill(p_, tile, keys)) {
       for (int i = 0; i < block.count; ++i) {
         Run& run = block.runs[i];
@@ -143,7 +143,8 @@ class Backward {
         const int64_t index = run.own ? run.index - row.own_start : run.index;
         if (run.own ? g_.v : g_.prefix_v)
           add_keys(tile, run, m.weights_rows, m.dout, value_dim_, to_sums.v + index * value_dim_, stride);
-        if (run.own ? g_.k : g_.prefix_k) add_keys(tile, run, m.slopes_rows, m.q, dim_, to_sums.k + index * dim_, stride);
+        if (run.own ? g_.k : g_.prefix_k)
+          add_keys(tile, run, m.slopes_rows, m.q, dim_, to_sums.k + index * dim_, stride);
         if (g_.q) add_queries(tile, run, m, stride);
       }
     }
@@ -176,12 +177,13 @@ class Backward {
     return g_.dlse ? *at_single(g_.dlse, tile.row[r], tile.head[r], tile.query[r]) : 0.0f;
   }
 
-  // Makes the weights of each row sum up to 1 and their gradients to 0, which lse and outputs rounded to storage miss by
-  // some units in the last place. Over many queries such errors average out; of few they would be the largest there are.
+  // Makes the weights of each row sum up to 1 and their gradients to 0, which lse and outputs rounded to storage miss
+  // by some units in the last place. Over many queries such errors average out; of few they would be the largest there
+  // are.
   void sharpen(const Tile& tile, const Row& row, int64_t head, Softmax& soft, Memory& m, int64_t stride) const {
     alignas(64) float sums[kTile] = {}, moments[kTile] = {};
     Keys keys(p_, row, head, 0, row.prefix + row.own);
-    Block block;
+    KeyBlock block;
     while (block.fill(p_, tile, keys)) {
       for (int i = 0; i < block.count; ++i) {
         Run& run = block.runs[i];
@@ -201,7 +203,8 @@ class Backward {
     }
     for (int r = 0; r < tile.count; ++r) {
       const int64_t h = tile.head[r];
-      const float sink = p_.call.sinks ? exp2<6>(splat(p_.call.sinks.as<const float>()[h] * kLog2e - soft.lse[r]))[0] : 0.0f;
+      const float sink =
+          p_.call.sinks ? exp2<6>(splat(p_.call.sinks.as<const float>()[h] * kLog2e - soft.lse[r]))[0] : 0.0f;
       if (soft.lse[r] == kInf) continue;
       soft.lse[r] += __builtin_log2f(sums[r] + sink);
       soft.delta[r] = moments[r] / (sums[r] + sink) - dlse(tile, r);
@@ -252,8 +255,8 @@ class Backward {
   void products_of(const Tile& tile, const Run& run, float* extra, Memory& m, int64_t stride) const {
     products(tile, run, run.k, run.k_stride, m.q, m.q_columns, dim_, m.weights, stride);
     if (run.partial || p_.reshape)
-      adjust_logits(p_, tile, run, p_.reshape ? bias_columns(p_, tile, run, m.bias, stride) : nullptr, m.weights, stride,
-                    extra);
+      adjust_logits(p_, tile, run, p_.reshape ? bias_columns(p_, tile, run, m.bias, stride) : nullptr, m.weights,
+                    stride, extra);
     products(tile, run, run.v, run.v_stride, m.dout, m.dout_columns, value_dim_, m.slopes, stride);
   }
 
@@ -266,7 +269,8 @@ class Backward {
         for (int64_t r = 0; r < stride; ++r) {
           vf sum{};
           for (int64_t d = 0; r < tile.count && d < vectors; ++d)
-            sum = F::mul_add(load(rows + (r * vectors + d) * kWidth), load_as<vf>(keys + t * key_stride + d * kWidth * 4), sum);
+            sum = F::mul_add(load(rows + (r * vectors + d) * kWidth),
+                             load_as<vf>(keys + t * key_stride + d * kWidth * 4), sum);
           to[t * stride + r] = sum_of(sum);
         }
       return;
@@ -280,11 +284,12 @@ class Backward {
     vf weight, logit, slope;  // gradients of the logit and of the dot product, up to the scale
   };
 
-  FP_INLINE Weighed weigh_one(const float* logit, const float* gradient, const float* extra, vf lse, vf delta) const {
-    const vf weight = exp2<F::kExpDegree>(load(logit) * p_.factor - lse);
-    // Where the weight is 0 the other factor may be anything, left over where nothing was computed.
-    const vf slope = weight == 0.0f ? vf{} : weight * (load(gradient) - delta);
-    return {weight, slope, extra ? slope * load(extra) : slope};
+  FP_INLINE Weighed weigh_one(const float* product, const float* gradient, const float* extra, vf lse, vf delta) const {
+    const vf weight = exp2<F::kExpDegree>(load(product) * p_.factor - lse);
+    // Where the weight is 0 the other factors may be anything, left over where nothing was computed.
+    const vf logit = weight == 0.0f ? vf{} : weight * (load(gradient) - delta);
+    if (!extra) return {weight, logit, logit};
+    return {weight, logit, weight == 0.0f ? vf{} : logit * load(extra)};
   }
 
   void weigh_singles(const Run& run, const Softmax& soft, const float* extra, Memory& m, int64_t stride) const {
@@ -324,9 +329,7 @@ class Backward {
       }
   }
 
-  static int64_t half_stride(int64_t stride) {
-    return F::kPack == 2 ? round_up(stride, 2 * kWidth) / 2 : stride;
-  }
+  static int64_t half_stride(int64_t stride) { return F::kPack == 2 ? round_up(stride, 2 * kWidth) / 2 : stride; }
 
   // to[t, :] += sum over rows r of weights[t, r] * rows[r, :], for the keys t of a run.
   void add_keys(const Tile& tile, const Run& run, const float* weights, const float* rows, int64_t width, float* to,
@@ -336,9 +339,14 @@ class Backward {
     const int64_t step = half_stride(stride) * 4;
     const auto part = [&](int64_t t, int64_t keys, int64_t lo, int64_t hi) {
       lo = lo / F::kPack * F::kPack;
-      const Operands o{reinterpret_cast<const char*>(weights) + t * step + lo / F::kPack * 4, step,
-                       reinterpret_cast<const char*>(rows) + lo * width * kNumber, width * kNumber, to + t * width, width,
-                       (hi - lo) / F::kPack, F::kPack == 2 && (hi - lo) % 2};
+      const Operands o{reinterpret_cast<const char*>(weights) + t * step + lo / F::kPack * 4,
+                       step,
+                       reinterpret_cast<const char*>(rows) + lo * width * kNumber,
+                       width * kNumber,
+                       to + t * width,
+                       width,
+                       (hi - lo) / F::kPack,
+                       F::kPack == 2 && (hi - lo) % 2};
       multiply<F, A::kRows, kB, true>(o, keys, width / kWidth);
     };
     if (!run.partial) return part(0, run.count, 0, tile.count);

@@ -13,7 +13,8 @@ namespace fastprompt::FASTPROMPT_ISA {
 // How A lies: its element (m, k) is at m * stride + k (kRows) or at k * stride + m (kColumns), in steps of 4 bytes.
 enum class A { kRows, kColumns };
 
-// How B lies: vectors ready to use (kReady: float32 rows, or pairs), or rows of bfloat16 to be paired two by two (kPair).
+// How B lies: vectors ready to use (kReady: float32 rows, or pairs), or rows of bfloat16 to be paired two by two
+// (kPair).
 enum class B { kReady, kPair };
 
 // Rows of C kept in registers beside a width of `vectors`.

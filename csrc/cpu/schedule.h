@@ -169,14 +169,14 @@ class Schedule {
       const int64_t tiles = (count * each + kTile - 1) / kTile;
       const int64_t rows_each = least(kTile / each, (count + tiles - 1) / tiles);
       const int64_t split = parts(row.prefix);
-      for (int64_t r = i; r < j; r += rows_each)
-        cut(Work{r, least(rows_each, j - r), 0, 0, 0, row.prefix, 0}, split);
+      for (int64_t r = i; r < j; r += rows_each) cut(Work{r, least(rows_each, j - r), 0, 0, 0, row.prefix, 0}, split);
       for (int64_t r = i; r < j; ++r) rows[order[r]].parts = split;
     }
   }
 
   // Units in the order they are taken. Work on shared prompts keeps the processor busy and work on own keys the memory,
-  // so that the two alternate; the first kind, which is longer, ends earlier. Heads that lie side by side in memory go to one thread.
+  // so that the two alternate; the first kind, which is longer, ends earlier. Heads that lie side by side in memory go
+  // to one thread.
   void hand_out(const Problem& p, int64_t shared) {
     const int64_t heads = p.call.kv_heads(), own = (work.size() - shared) * heads;
     const int64_t chunk = most<int64_t>(1, least(heads, own / (8 * num_threads())));

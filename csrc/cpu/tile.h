@@ -117,7 +117,8 @@ class Keys {
     }
     at_ += run.count;
     run.next = run.k + run.count * run.k_stride;
-    if (at_ == last_ && run.own && !p_.call.paged()) run.next = run.k + (first_own() - run.index) * run.k_stride + p_.call.k.stride[1] * p_.bytes;
+    if (at_ == last_ && run.own && !p_.call.paged())
+      run.next = run.k + (first_own() - run.index) * run.k_stride + p_.call.k.stride[1] * p_.bytes;
     return true;
   }
 
@@ -140,8 +141,7 @@ class Keys {
     const int64_t block = table[first];
     const bool dense = k.stride[0] == size * k.stride[1] && v.stride[0] == size * v.stride[1];
     int64_t reach = size - inside;
-    for (int64_t n = 1; dense && reach < run.count && table[first + n] == block + n; ++n)
-      reach += size;
+    for (int64_t n = 1; dense && reach < run.count && table[first + n] == block + n; ++n) reach += size;
     run.count = least(run.count, reach);
     run.k_stride = k.stride[1] * p_.bytes;
     run.v_stride = v.stride[1] * p_.bytes;
@@ -155,7 +155,7 @@ class Keys {
 };
 
 // Runs whose logits share one softmax step.
-struct Block {
+struct KeyBlock {
   Run runs[kRuns];
   int count = 0;
   int64_t columns = 0;  // of logits; a run of odd length leaves one empty behind it
@@ -192,7 +192,8 @@ struct State {
 
 // Float32 copies of `count` rows of `columns` numbers, with zeros up to `to_stride`.
 template <class T>
-inline void convert_rows(const char* from, int64_t stride, int64_t count, int64_t columns, float* to, int64_t to_stride) {
+inline void convert_rows(const char* from, int64_t stride, int64_t count, int64_t columns, float* to,
+                         int64_t to_stride) {
   for (int64_t r = 0; r < count; ++r, from += stride, to += to_stride) {
     const T* row = reinterpret_cast<const T*>(from);
     int64_t c = 0;

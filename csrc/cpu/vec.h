@@ -100,9 +100,7 @@ FP_INLINE vi lanes() {
 
 // ---- storage formats
 
-FP_INLINE vf load(const Bf16* p) {
-  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
-}
+FP_INLINE vf load(const Bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
 
 FP_INLINE void store(Bf16* p, vf v) {
   const vu bits = (vu)v;
@@ -173,8 +171,8 @@ FP_INLINE void store_first(T* p, vf v, int n) {
 
 // ---- exponentials
 
-// 2^x for x <= 0 or moderately above; below 2^-126 the result is that or 0. The polynomial is the minimax one in relative
-// error on [-1/2, 1/2]: 1.9e-9 in degree 6, 2.6e-6 in degree 4.
+// 2^x for x <= 0 or moderately above; below 2^-126 the result is that or 0. The polynomial is the minimax one in
+// relative error on [-1/2, 1/2]: 1.9e-9 in degree 6, 2.6e-6 in degree 4.
 template <int kDegree>
 FP_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__)
@@ -227,7 +225,8 @@ FP_INLINE void transpose(vf (&r)[16]) {
       u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
     }
   for (int i = 0; i < 4; ++i) {  // u[4 g + i] holds columns i, i + 4, i + 8, i + 12 of rows 4 g .. 4 g + 3
-    const __m512 even_lo = _mm512_shuffle_f32x4(u[i], u[4 + i], 0x88), odd_lo = _mm512_shuffle_f32x4(u[i], u[4 + i], 0xdd);
+    const __m512 even_lo = _mm512_shuffle_f32x4(u[i], u[4 + i], 0x88),
+                 odd_lo = _mm512_shuffle_f32x4(u[i], u[4 + i], 0xdd);
     const __m512 even_hi = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0x88),
                  odd_hi = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0xdd);
     r[i] = _mm512_shuffle_f32x4(even_lo, even_hi, 0x88);
@@ -281,8 +280,8 @@ struct Pairs {
   static FP_INLINE vf mul_add(vf a, vf b, vf c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
   // Two vectors rounded to bfloat16, lane i of the result holding the pair (a[i], b[i]).
   static FP_INLINE vf join(vf a, vf b) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (vf)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
   }
   // The same with all of `a` before all of `b`.
@@ -297,8 +296,8 @@ struct Pairs {
 
  private:
   static FP_INLINE void interleave(__m512i x, __m512i y, vf& lo, vf& hi) {
-    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                           36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     lo = (vf)_mm512_permutex2var_epi16(x, first, y);
     hi = (vf)_mm512_permutex2var_epi16(x, second, y);

@@ -46,13 +46,18 @@ def backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `weight` and `prompts`; `[0]` where not wanted."""
-    dweight, dprompts = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format) if want else None
-        for x, want in zip((weight, prompts), wanted, strict=True)
-    )
+    tables = rows_contiguous(weight), rows_contiguous(prompts)
+    sums = [torch.zeros_like(table) if want else None for table, want in zip(tables, wanted, strict=True)]
     kernels.embed_prompts_backward(
-        dweight, dprompts, rows_contiguous(dout), input_ids, rows_contiguous(weight), rows_contiguous(prompts),
-        prompt_start, prompt_len, positions, text_start, text_len, left, 1.0 if scale is None else scale,
+        *sums, rows_contiguous(dout), input_ids, *tables, prompt_start, prompt_len, positions, text_start, text_len,
+        left, 1.0 if scale is None else scale,
     )  # fmt: skip
-    none = dout.new_empty(0)
-    return none if dweight is None else dweight, none if dprompts is None else dprompts
+    dweight, dprompts = map(_laid_out, sums, (weight, prompts))
+    return dweight, dprompts
+
+
+def _laid_out(total: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient with the strides of what it belongs to; `[0]` where there is none."""
+    if total is None:
+        return like.new_empty(0)
+    return total if like.stride(-1) == 1 else torch.empty_like(like).copy_(total)

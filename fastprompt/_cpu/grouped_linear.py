@@ -34,13 +34,15 @@ def backward(
     """Gradients of x, weight and bias; `[0]` where not wanted."""
     if _left_to_torch(x, dout.shape[-1], _LARGE_BACKWARD):
         return eager.backward(dout, x, weight, bias, start, length, wanted)
-    dx = torch.empty(x.shape, dtype=x.dtype) if wanted[0] else None
+    dx = torch.empty_like(x) if wanted[0] else None
+    rows = None if dx is None else _tokens(dx)  # a copy where its dimensions do not fold into three
     dweight = torch.zeros(weight.shape, dtype=torch.float32) if wanted[1] else None
     dbias = torch.zeros(bias.shape, dtype=torch.float32) if wanted[2] and bias is not None else None
     kernels.grouped_linear_backward(
-        None if dx is None else _tokens(dx), dweight, dbias, _tokens(rows_contiguous(dout.float())), _tokens(x),
-        weight, start, length,
-    )  # fmt: skip
+        rows, dweight, dbias, _tokens(rows_contiguous(dout.float())), _tokens(x), weight, start, length
+    )
+    if dx is not None and rows is not None and rows.data_ptr() != dx.data_ptr():
+        dx.copy_(rows.view(dx.shape))
     none = dout.new_empty(0)
     return (
         none if dx is None else dx,

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from fastprompt._cpu import kernels
+from fastprompt.errors import ArgumentError
+
+with torch.inference_mode(False):
+    _NO_LSE = torch.empty(0, device="cpu")
 
 
 def forward(
@@ -34,7 +38,7 @@ def forward(
     """`out [B, N, Hq, Dv]` and `lse [B, Hq, N]` (`[0]` unless needed)."""
     rows, heads, queries, _ = q.shape
     out = q.new_empty(rows, queries, heads, v.shape[3])
-    lse = q.new_empty((rows, heads, queries) if need_lse else (0,), dtype=torch.float32)
+    lse = q.new_empty(rows, heads, queries, dtype=torch.float32) if need_lse else _NO_LSE
     kernels.prefix_attention(
         plan, out, lse if need_lse else None, q, k, v, prefix_k, prefix_v, prefix_start, prefix_len,
         single(sinks), single(bias), single(prefix_bias), kv_start, kv_len, q_start, None,
@@ -94,6 +98,8 @@ def single(x: Tensor | None) -> Tensor | None:
     """`x` in float32 with a contiguous last dimension."""
     if x is None:
         return None
+    if not x.dtype.is_floating_point:
+        raise ArgumentError(f"a bias or sinks are {x.dtype}, expected a floating point dtype")
     x = x.float()
     return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastprompt import dispatch
 from fastprompt.ops import _checks
-from fastprompt.ops._library import define, differentiate
+from fastprompt.ops._library import define, differentiate, unobserved
 from fastprompt.plan import BatchPlan
 
 
@@ -62,18 +62,30 @@ def prefix_attention(
     Raises `ArgumentError` for what does not fit and `ImplementationError` for an `impl` that cannot run.
     Source: prefixes as in Li and Liang 2021, section 4; merging by lse as in FlashAttention, Dao et al. 2022.
     """
-    _check(q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, kv_start, kv_len, q_start)
-    _checks.sinks(sinks, q.shape[1], q)
-    _checks.bias("bias", bias, q, k.shape[2], "[B|1, Hq|1, N|1, S]")
-    _checks.bias("prefix_bias", prefix_bias, q, None, "[B|1, Hq|1, N|1, P]")
     _checks.positive("window", window)
     _checks.positive("softcap", softcap)
-    need_lse = return_lse or _checks.needs_grad(q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias)
-    out, lse = torch.ops.fastprompt.prefix_attention.default(
+    chosen = dispatch.choose("prefix_attention", impl, q.device, q.dtype)
+    need_grad = _checks.needs_grad(q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias)
+    straight = chosen == "cpu" and not need_grad and unobserved(q, k, v, prefix_k, prefix_v)
+    if not straight:
+        _check(
+            q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, kv_start, kv_len, q_start, sinks, bias, prefix_bias
+        )
+    args = (
         q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, bias, prefix_bias, kv_start, kv_len, q_start,
-        _checks.plan(plan, q.shape[0]), causal, q.shape[3] ** -0.5 if scale is None else scale, window, softcap,
-        need_lse, dispatch.choose("prefix_attention", impl, q.device, q.dtype),
+        _checks.plan(plan, q.shape[0]), causal, q.shape[-1] ** -0.5 if scale is None else scale, window, softcap,
+        need_grad or return_lse,
     )  # fmt: skip
+    if not straight:
+        out, lse = torch.ops.fastprompt.prefix_attention.default(*args, chosen)
+        return (out, lse) if return_lse else out
+    try:
+        out, lse = dispatch.kernels("prefix_attention", chosen).forward(*args)
+    except Exception:  # the kernel checks too, in far less time; these checks name the argument
+        _check(
+            q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, kv_start, kv_len, q_start, sinks, bias, prefix_bias
+        )
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -88,6 +100,9 @@ def _check(
     kv_start: Tensor | None,
     kv_len: Tensor | None,
     q_start: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    prefix_bias: Tensor | None,
 ) -> None:
     _checks.shape("q", q, (None,) * 4, "[B, Hq, N, D]")
     rows, heads, _, dim = q.shape
@@ -106,6 +121,9 @@ def _check(
         ("q_start", q_start),
     ):
         _checks.index(name, x, (rows,), "[B]", q)
+    _checks.sinks(sinks, heads, q)
+    _checks.bias("bias", bias, q, size, "[B|1, Hq|1, N|1, S]")
+    _checks.bias("prefix_bias", prefix_bias, q, None, "[B|1, Hq|1, N|1, P]")
 
 
 _TENSORS = (

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import fastprompt
-from fastprompt import dispatch, native
+from fastprompt import dispatch, env, native
 from fastprompt.cli import output
 
 COMMANDS = ("demo", "info", "import", "export", "inspect", "generate")
@@ -39,8 +39,13 @@ def test_package_imports_neither_typer_nor_rich():
     assert done.stdout.strip() == "[]"
 
 
-def test_json_says_what_runs(run, monkeypatch):
-    monkeypatch.delenv("FASTPROMPT_IMPL", raising=False)
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch):
+    for name in env.in_force():
+        monkeypatch.delenv(name)
+
+
+def test_json_says_what_runs(run):
     data = json.loads(run("info", "--json").stdout)
     assert data["versions"]["transformers"] == transformers.__version__
     assert data["versions"]["fastprompt"] == fastprompt.__version__ and data["versions"]["torch"]

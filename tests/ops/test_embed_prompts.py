@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import assert_same, doubled, rounding, widest
+from op_cases import VARIANTS, assert_same, doubled, rounding, running, widest
 
-from fastprompt import native, ops, reference
+from fastprompt import ops, reference
 from fastprompt.errors import ArgumentError
 
 START, LENGTH = [0, 3, 0, 9, 3], [3, 5, 3, 0, 5]
@@ -72,18 +72,20 @@ def test_virtual_tokens_anywhere(impl, side):
     assert torch.equal(out[0, first + 1], args[1][args[0][0, 0]])
 
 
-@settings(max_examples=50)
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=40)
 @given(data=st.data())
-def test_any_template(data):
+def test_any_template(variant, data):
     rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 5))
     start = data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
     length = data.draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows))
     end = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
     positions = torch.zeros(rows, max(length, default=0), dtype=torch.int32)
+    size = data.draw(st.integers(1, 40))
     for b in range(rows):
         places = data.draw(st.permutations(range(length[b] + end[b])))
         positions[b, : length[b]] = torch.tensor(places[: length[b]])
-    ids, weight, prompts, _, _ = arguments(columns=columns)
+    ids, weight, prompts, _, _ = arguments(widest(variant.partition("-")[0]), columns, size)
     args = [
         ids[:rows],
         weight,
@@ -93,9 +95,8 @@ def test_any_template(data):
     ]
     more = {"positions": positions, "text_len": torch.tensor(end, dtype=torch.int32)}
     more["padding_side"] = data.draw(st.sampled_from(["left", "right"]))
-    assert_equals_oracle("reference", args, **more)
-    if native.obstacle() is None:
-        assert_equals_oracle("cpu", [x.float() if x.is_floating_point() else x for x in args], **more)
+    with running(variant) as impl:
+        assert_equals_oracle(impl, args, **more)
 
 
 def test_empty_batch(impl):

@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from op_cases import INF, assert_same, doubled, rounding, widest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import INF, VARIANTS, assert_same, doubled, rounding, running, widest
 
 from fastprompt import ops, reference
 from fastprompt.errors import ArgumentError
@@ -55,6 +57,24 @@ def test_wide_layers_of_few_rows_and_of_many(impl):
         assert_equals_oracle(impl, args, 600, max_out=303)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=30)
+@given(
+    extents=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=7),
+    tokens=st.integers(0, 45),
+    size=st.integers(1, 70),
+    more=st.integers(0, 3),
+    bias=st.booleans(),
+)
+def test_any_shape(variant, extents, tokens, size, more, bias):
+    dtype = widest(variant.partition("-")[0])
+    start, length = (torch.tensor(column) for column in zip(*extents, strict=True))
+    x, weight = torch.randn(len(extents), tokens, size, dtype=dtype), torch.randn(40, size, dtype=dtype)
+    args = [x, weight, torch.randn(40, dtype=dtype) if bias else None, start, length]
+    with running(variant) as impl:
+        assert_equals_oracle(impl, args, max(size, 7 * 45), max_out=int(length.max()) + more)
+
+
 def test_odd_strides(impl):
     x, weight, bias, start, length = arguments(tokens=(4,), dtype=widest(impl))
     spread = [
@@ -65,6 +85,11 @@ def test_odd_strides(impl):
         torch.stack([length, length], 1)[:, 1],
     ]
     assert_equals_oracle(impl, spread, 36)
+
+
+def test_dimensions_that_do_not_fold(impl):
+    x, *rest = arguments(tokens=(2, 3), dtype=widest(impl))
+    assert_equals_oracle(impl, [x.transpose(1, 2).contiguous().transpose(1, 2), *rest], 36)
 
 
 def test_each_row_is_its_linear_layer(impl):

@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from op_cases import INF, assert_same, attention, doubled, rounding, widest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import INF, VARIANTS, assert_same, attention, doubled, rounding, running, widest
 
 from fastprompt import ops, reference
 from fastprompt.errors import ArgumentError
@@ -37,6 +39,21 @@ def test_equals_the_oracle(impl, strided, size):
     args = states(widest(impl), strided, size)
     merge = partial(ops.merge_states, impl=impl)
     assert_same(found(merge, args), found(reference.merge_states, doubled(args)), rounding(widest(impl), size + 8))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=30)
+@given(shape=st.tuples(*[st.integers(0, 5)] * 3, st.integers(1, 70)), seed=st.integers(0, 9))
+def test_any_shape(variant, shape, seed):
+    gen = torch.Generator().manual_seed(seed)
+    (rows, queries, heads, size), dtype = shape, widest(variant.partition("-")[0])
+    outs = [torch.randn(*shape, generator=gen, dtype=dtype) for _ in range(2)]
+    lses = [torch.randn(rows, heads, queries, generator=gen, dtype=dtype) for _ in range(2)]
+    lses = [lse.masked_fill(lse > 1, -INF) for lse in lses]
+    args = (outs[0], lses[0], outs[1], lses[1])
+    with running(variant) as impl:
+        got = found(partial(ops.merge_states, impl=impl), args)
+    assert_same(got, found(reference.merge_states, doubled(args)), rounding(dtype, size + 8))
 
 
 def test_parts_make_the_whole():
