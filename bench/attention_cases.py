@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 BASELINES = {  # what ours is compared to; each name with what it is
-    "concatenated": "the best of all correct torch forms on keys that are concatenated already",
+    "concatenated": "the best correct form of SDPA on keys that are concatenated already",
+    "explicit": "two matrix products and a softmax on keys that are concatenated already",
     "expanded": "PEFT's way: expand the prefixes over the rows, concatenate, SDPA",
     "folded": "SDPA with rows of one prompt folded into query rows, merged with SDPA over the own keys",
     "reference": "fastprompt in plain PyTorch",

@@ -80,7 +80,7 @@ def run(case: Case, dtype: str, settings: Settings) -> Outcome:
     last: dict[str, Any] = {}
     contestants = {}
     for name, entry in entries.items():
-        size = _concatenated_bytes(case, inputs) if name == "concatenated" else needed.bytes
+        size = _concatenated_bytes(case, inputs) if name in ("concatenated", "explicit") else needed.bytes
         turn = _in_turn([entry.build(x) for x in sets[: _set_count(case, size, settings)]])
         calls = measure.calls_for(turn, _SAMPLE[settings.quick])
         contestants[name] = Contestant(turn, partial(last.__setitem__, name), calls=calls)
@@ -101,7 +101,8 @@ def _entries(case: Case, inputs: Inputs, right: Truth, settings: Settings) -> di
     _check(right, OURS, entries[OURS], entries[OURS].build(inputs)(), settings)
     forms = {form.about: form for form in baselines.forms(case, inputs.mask, inputs.q.dtype)}
     quickest = _ranked(right, inputs, {n: baselines.concatenated(case, form) for n, form in forms.items()}, settings)
-    entries["concatenated"] = baselines.concatenated(case, forms[quickest[0]])
+    entries["concatenated"] = baselines.concatenated(case, next(forms[n] for n in quickest if forms[n].sdpa))
+    entries["explicit"] = baselines.concatenated(case, next(forms[n] for n in quickest if not forms[n].sdpa))
     entries["expanded"] = baselines.expanded(case, next(forms[n] for n in quickest if _as_peft(forms[n])))
     folded = baselines.folded(case, inputs)
     if folded is not None:
