@@ -112,7 +112,7 @@ class Many {
   // Floats of scratch that a tile of `p` needs.
   static int64_t scratch(const Problem& p) { return (p.dim + 2 * (kBlock + kRuns)) * kTile + p.dim * kTile; }
 
-  Many(const Problem& p, const Tile& tile, Scratch& scratch) : p_(p), tile_(tile) {
+  Many(const Problem& p, const Tile& tile, Scratch& scratch, Ahead& ahead) : p_(p), tile_(tile), ahead_(ahead) {
     stride_ = round_up(tile.count, kWidth);
     queries_ = scratch.floats(p.dim / F::kPack * stride_);
     logits_ = scratch.floats((kBlock + kRuns) * stride_);
@@ -177,10 +177,11 @@ class Many {
   }
 
   // Replaces one vector of logits by what weighs the values, and returns the sums.
-  vf exponentials(float* s, int64_t columns, vf base) const {
+  vf exponentials(float* s, int64_t columns, vf base) {
     vf a{}, b{};
     float* to = s;
     for (int64_t t = 0; t < columns; t += 2, s += 2 * stride_) {
+      ahead_.step();
       const vf x = exp2<F::kExpDegree>(load(s) * p_.factor - base);
       const vf y = exp2<F::kExpDegree>(load(s + stride_) * p_.factor - base);
       a = a + x;
@@ -203,6 +204,7 @@ class Many {
 
   const Problem& p_;
   const Tile& tile_;
+  Ahead& ahead_;
   int64_t stride_;
   float *queries_, *logits_, *bias_;
 };

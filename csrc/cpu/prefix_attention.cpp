@@ -67,10 +67,11 @@ class Forward {
 
   void work(const Work& w, int64_t head) const {
     Tile tile;
+    Ahead ahead;
     if (w.rows) {
       for (int64_t i = w.row; i < w.row + w.rows; ++i)
         add(tile, plan_.order[i], head, 0, plan_.rows[plan_.order[i]].queries * p_.group);
-      attend(tile, plan_.rows[plan_.order[w.row]], head, w);
+      attend(tile, plan_.rows[plan_.order[w.row]], head, w, ahead);
       return;
     }
     const Row& row = plan_.rows[w.row];
@@ -80,7 +81,8 @@ class Forward {
       tile.first = INT64_MAX;
       tile.last = INT64_MIN;
       add(tile, w.row, head, from, to);
-      attend(tile, row, head, w);
+      ask(row, head, from, to, ahead);
+      attend(tile, row, head, w, ahead);
     }
   }
 
@@ -90,12 +92,35 @@ class Forward {
     for (int64_t r = from; r < to; ++r) tile.add(p_, b, head * p_.group + r / row.queries, r % row.queries);
   }
 
+  // What the tile of query rows from .. to - 1 will write, the queries of the next one, and a share of the next head's
+  // keys and values.
+  void ask(const Row& row, int64_t head, int64_t from, int64_t to, Ahead& ahead) const {
+    ahead.clear();
+    const AttentionCall& call = p_.call;
+    if (row.queries < kWidth || call.paged()) return;
+    const int64_t all = row.queries * p_.group, h = head * p_.group + from / row.queries, bytes = p_.dim * p_.bytes;
+    ahead.add(row.out + h * p_.out_head + from % row.queries * p_.out_token, p_.out_token, to - from, p_.out_head);
+    const int64_t next = to == all ? (head + 1) * all : head * all + to;
+    if (next / all == call.kv_heads()) return;
+    const int64_t g = next / row.queries, i = next % row.queries;
+    ahead.add(row.q + g * p_.q_head + i * p_.q_token, p_.q_token, Schedule::tile_end(p_, row, next % all) - next % all,
+              bytes);
+    if (head + 1 == call.kv_heads()) return;
+    const int64_t first = row.own * from / all, last = row.own * to / all, b = row.number;
+    const auto part = [&](const View& x, int64_t width) {
+      const int64_t at = b * x.stride[0] + (head + 1) * x.stride[1] + (row.own_start + first) * x.stride[2];
+      ahead.add(x.as<const char>() + at * p_.bytes, x.stride[2] * p_.bytes, last - first, width * p_.bytes);
+    };
+    part(call.k, p_.dim);
+    part(call.v, p_.value_dim);
+  }
+
   float* state(const Row& row, int64_t part, int64_t head, int64_t i) const {
     return states_ + (row.partial + (part * p_.call.heads() + head) * row.queries + i) * (p_.width + 2);
   }
 
   // A tile against the keys of a piece of work, which are those of `row`.
-  void attend(const Tile& tile, const Row& row, int64_t head, const Work& w) const {
+  void attend(const Tile& tile, const Row& row, int64_t head, const Work& w, Ahead& ahead) const {
     Scratch scratch(thread_scratch(scratch_));
     State state;
     for (int r = 0; r < kTile; ++r) state.top[r] = -kInf, state.sum[r] = 0;
@@ -115,10 +140,10 @@ class Forward {
       }
     } else if (way.pairs) {
 #if defined(__AVX512BF16__)
-      many<Pairs>(tile, keys, false, state, scratch);
+      many<Pairs>(tile, keys, false, state, scratch, ahead);
 #endif
     } else {
-      many<Singles>(tile, keys, way.staged, state, scratch);
+      many<Singles>(tile, keys, way.staged, state, scratch, ahead);
     }
     for (int r = 0; r < tile.count; ++r) put(tile, r, w.part, state);
     if (w.part < 0) return;
@@ -160,8 +185,8 @@ class Forward {
   }
 
   template <class F>
-  void many(const Tile& tile, Keys& keys, bool staged, State& state, Scratch& scratch) const {
-    Many<F> loops(p_, tile, scratch);
+  void many(const Tile& tile, Keys& keys, bool staged, State& state, Scratch& scratch, Ahead& ahead) const {
+    Many<F> loops(p_, tile, scratch, ahead);
     if constexpr (F::kPack == 2 || sizeof(T) == 4) {
       loops.queries(tile.q);
     } else {

@@ -58,6 +58,7 @@ class Backward {
       memset(m.own.v, 0, row.own * value_dim_ * 4);
       for (int64_t from = 0, to; from < row.queries * p_.group; from = to) {
         to = Schedule::tile_end(p_, row, from);
+        ask(row, i + 1 < chunk.row + chunk.rows ? &rows_[order_[i + 1]] : nullptr, head, from, to, m.ahead);
         tile(row, head, from, to, prefix_sums, m);
       }
       put_own(g_.k, row, head, m.own.k, dim_, p_.dim, p_.call.scale);
@@ -112,6 +113,7 @@ class Backward {
       v = scratch.floats(kBlock * b.value_dim_);
     }
     Scratch scratch;
+    Ahead ahead;
     float *q, *dout;                  // the tile's rows, in F's storage
     float *q_columns, *dout_columns;  // the same, transposed
     float* dq;
@@ -151,6 +153,30 @@ class Backward {
     if (!g_.q) return;
     for (int r = 0; r < tile.count; ++r)
       put(at(g_.q, tile.row[r], tile.head[r], tile.query[r]), m.dq + r * dim_, p_.dim, p_.call.scale);
+  }
+
+  // What the tile of query rows from .. to - 1 will write, what the next one reads, and a share of the keys and values
+  // of the next row.
+  void ask(const Row& row, const Row* next, int64_t head, int64_t from, int64_t to, Ahead& ahead) const {
+    ahead.clear();
+    if (row.queries < kWidth) return;
+    const int64_t all = row.queries * p_.group, key_bytes = p_.dim * p_.bytes, value_bytes = p_.value_dim * p_.bytes;
+    const auto rows = [&](const View& x, int64_t b, int64_t i, int64_t j, int step, int64_t count, int64_t bytes) {
+      if (x) ahead.add(reinterpret_cast<const char*>(at(x, b, i, j)), x.stride[step] * p_.bytes, count, bytes);
+    };
+    rows(g_.q, row.number, head * p_.group + from / row.queries, from % row.queries, 2, to - from, key_bytes);
+    const Row* after = to == all ? next : &row;
+    if (after && after->queries == row.queries) {
+      const int64_t first = to % all, count = Schedule::tile_end(p_, row, first) - first;
+      const int64_t h = head * p_.group + first / row.queries, i = first % row.queries;
+      rows(p_.call.q, after->number, h, i, 2, count, key_bytes);
+      rows(g_.dout, after->number, i, h, 1, count, value_bytes);
+      ahead.add(after->out + h * p_.out_head + i * p_.out_token, p_.out_token, count, value_bytes);
+    }
+    if (!next) return;
+    const int64_t first = next->own * from / all, last = next->own * to / all;
+    rows(p_.call.k, next->number, head, next->own_start + first, 2, last - first, key_bytes);
+    rows(p_.call.v, next->number, head, next->own_start + first, 2, last - first, value_bytes);
   }
 
   // Brings the rows' queries and output gradients together, both ways round, and what the softmax needs.
@@ -296,6 +322,7 @@ class Backward {
     for (int64_t c = 0; c < stride; c += kWidth) {
       const vf lse = load(soft.lse + c), delta = load(soft.delta + c);
       for (int64_t t = 0; t < run.count; ++t) {
+        m.ahead.step();
         const int64_t i = t * stride + c;
         const Weighed w = weigh_one(m.weights + i, m.slopes + i, extra ? extra + i : nullptr, lse, delta);
         store(m.weights + i, w.weight);
@@ -310,6 +337,8 @@ class Backward {
     const int64_t half = half_stride(stride);
     for (int64_t t = 0; t < run.count; t += 2)
       for (int64_t c = 0; c < stride; c += 2 * kWidth) {
+        m.ahead.step();
+        m.ahead.step();
         Weighed w[2][2] = {};
         for (int j = 0; j < 2; ++j)
           for (int i = 0; i < 2; ++i) {

@@ -190,6 +190,32 @@ struct State {
   float* out;
 };
 
+// Rows of memory that will be needed soon, asked for one at a time while something else is computed. A burst of
+// requests would hold up the loads of that computation.
+class Ahead {
+ public:
+  void clear() { count_ = at_ = 0; }
+  void add(const char* row, int64_t stride, int64_t rows, int64_t bytes) {
+    if (rows > 0) regions_[count_++] = {row, stride, rows, bytes};
+  }
+  FP_INLINE void step() {
+    if (at_ == count_) return;
+    Region& r = regions_[at_];
+    for (int64_t x = 0; x < r.bytes; x += kLine) __builtin_prefetch(r.row + x, 0, 2);
+    r.row += r.stride;
+    if (--r.rows == 0) ++at_;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Region {
+    const char* row;
+    int64_t stride, rows, bytes;
+  };
+  Region regions_[8];
+  int count_ = 0, at_ = 0;
+};
+
 // Float32 copies of `count` rows of `columns` numbers, with zeros up to `to_stride`.
 template <class T>
 inline void convert_rows(const char* from, int64_t stride, int64_t count, int64_t columns, float* to,
