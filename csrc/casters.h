@@ -28,10 +28,14 @@ inline bool integers(const dlpack::Tensor& t, int dims) {
   return t.type_code == dlpack::kInt && (t.bits == 32 || t.bits == 64) && t.dims == dims;
 }
 
-// Tensors without elements have no data; they were given all the same.
+// Tensors without elements have no data; they were given all the same. Others without data are not what they seem.
 inline void* data_of(const dlpack::Tensor& t) {
   static char nothing;
-  return t.data ? t.data : &nothing;
+  if (t.data) return t.data;
+  for (int i = 0; i < t.dims; ++i) {
+    if (t.shape[i] == 0) return &nothing;
+  }
+  throw std::runtime_error("a tensor with elements has no memory of its own");
 }
 
 inline bool convert(const dlpack::Tensor& t, View& view) {

@@ -29,8 +29,14 @@ class Order {
       throw ArgumentError("plan holds " + std::to_string(rows_.size()) + " rows, the batch has " +
                           std::to_string(call.rows) + "; build a plan for it");
     }
+    std::vector<bool> seen(call.rows);
+    for (const int32_t row : rows_) {
+      if (row >= call.rows || seen[row]) refuse();
+      seen[row] = true;
+    }
     for (int64_t g = 0, at = 0; at < call.rows; ++g) {
       const int64_t first = rows_[at], end = plan[capacity + g + 1];
+      if (end <= at || end > call.rows) refuse();
       for (; at < end; ++at) check_pair(call, first, rows_[at]);
     }
   }
@@ -38,6 +44,10 @@ class Order {
   const int32_t* data() const { return rows_.data(); }
 
  private:
+  [[noreturn]] static void refuse() {
+    throw ArgumentError("plan is not one that BatchPlan.build made; build one from this batch");
+  }
+
   static void check_pair(const AttentionCall& call, int64_t first, int64_t row) {
     const bool same = call.prefix_len[first] == call.prefix_len[row] &&
                       (!call.prefix_len[row] || call.prefix_start[first] == call.prefix_start[row]);
@@ -124,12 +134,12 @@ bool fits(const AttentionCall& call) {
     if (x->dtype != call.dtype) return false;
   }
   const int64_t rows = call.rows, dim = call.dim(), value_dim = call.value_dim(), kv_heads = call.kv_heads();
-  bool ok = kv_heads > 0 && call.heads() % kv_heads == 0 && has(call.prefix_start, rows) &&
+  bool ok = kv_heads > 0 && call.heads() % kv_heads == 0 && call.prefix_start && has(call.prefix_start, rows) &&
             has(call.prefix_k, {-1, -1, -1}) && has(call.prefix_v, {kv_heads, call.prefix_k.size[1], value_dim});
   if (call.paged()) {
     ok = ok && has(call.q, {-1, -1, dim}) && has(call.k, {-1, -1, kv_heads, dim}) &&
          has(call.v, {call.k.size[0], call.k.size[1], kv_heads, value_dim}) && has(call.q_start, rows + 1) &&
-         has(call.kv_len, rows) && call.block_table.rows == rows;
+         call.kv_len && has(call.kv_len, rows) && call.q_start && call.block_table.rows == rows;
   } else {
     ok = ok && has(call.q, {rows, -1, -1, dim}) && has(call.k, {rows, kv_heads, -1, dim}) &&
          has(call.v, {rows, kv_heads, call.k.size[2], value_dim}) && has(call.q_start, rows) &&
@@ -139,8 +149,18 @@ bool fits(const AttentionCall& call) {
   return ok && (!call.sinks || (call.sinks.dtype == Dtype::f32 && has(call.sinks, {call.heads()})));
 }
 
+// A forward pass was run with lse, and gradients come for its output.
+bool fits(const AttentionCall& call, const Gradients& gradients) {
+  const int64_t rows = call.rows, heads = call.heads(), queries = call.q.size[2];
+  const View &lse = call.lse, &dlse = gradients.dlse;
+  return gradients.dout.dtype == call.dtype && has(gradients.dout, {rows, queries, heads, call.value_dim()}) &&
+         has(lse, {rows, heads, queries}) &&
+         (!dlse || (dlse.dims == 3 && dlse.size[0] == rows && dlse.size[1] == heads && dlse.size[2] == queries));
+}
+
 void prepare(AttentionCall& call) {
   call.rows = call.prefix_len.size;
+  call.window = std::min(call.window, int64_t{1} << 40);  // as good as none, and sums with it stay in range
   if (!fits(call)) throw ArgumentError("the arguments' shapes, strides or dtypes do not fit together");
   check_extents(call.prefix_start, call.prefix_len, call.prefix_k.size[1], "prefix_start and prefix_len");
   check_bias(call);
@@ -160,6 +180,7 @@ void prefix_attention(AttentionCall call, const Index& plan) {
 
 void prefix_attention_backward(AttentionCall call, const Index& plan, const Gradients& gradients) {
   prepare(call);
+  if (!fits(call, gradients)) throw ArgumentError("gradients of a call that did not keep its lse, or do not fit it");
   const Order order(call, plan);
   call.order = order.data();
   kernels().prefix_attention_backward({call, gradients});

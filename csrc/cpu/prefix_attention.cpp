@@ -230,8 +230,9 @@ class Forward {
     float share = 1;
     if (p_.call.sinks) {
       const float sink = p_.call.sinks.as<const float>()[head] * kLog2e, both = most(top, sink);
-      share = exp2<6>(splat(top - both))[0];
-      sum = sum * share + exp2<6>(splat(sink - both))[0];
+      const float base = both == -kInf ? 0.0f : both;
+      share = exp2<6>(splat(top - base))[0];
+      sum = sum * share + exp2<6>(splat(sink - base))[0];
       top = both;
     }
     const float scale = sum == 0 ? 0.0f : share / sum;

@@ -2,7 +2,7 @@
 //
 // A unit is one key-value head of some rows of one prompt, taken in order. Their own keys' gradients are finished
 // there; the prefix's are summed in float32 per unit and the units' sums added in a fixed order, whatever thread did
-// them. So results are equal to the last bit on every run, with any number of threads.
+// them. So gradients of the same output and lse are equal to the last bit on every run, with any number of threads.
 #include "cpu/attend_many.h"
 #include "cpu/schedule.h"
 

@@ -10,9 +10,6 @@ from torch import Tensor
 from fastprompt._cpu import kernels
 from fastprompt.errors import ArgumentError
 
-with torch.inference_mode(False):
-    _NO_LSE = torch.empty(0, device="cpu")
-
 
 def forward(
     q: Tensor,
@@ -38,7 +35,7 @@ def forward(
     """`out [B, N, Hq, Dv]` and `lse [B, Hq, N]` (`[0]` unless needed)."""
     rows, heads, queries, _ = q.shape
     out = q.new_empty(rows, queries, heads, v.shape[3])
-    lse = q.new_empty(rows, heads, queries, dtype=torch.float32) if need_lse else _NO_LSE
+    lse = q.new_empty((rows, heads, queries) if need_lse else (0,), dtype=torch.float32)
     kernels.prefix_attention(
         plan, out, lse if need_lse else None, q, k, v, prefix_k, prefix_v, prefix_start, prefix_len,
         single(sinks), single(bias), single(prefix_bias), kv_start, kv_len, q_start, None,
@@ -75,9 +72,10 @@ def backward(
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, laid out as these; `[0]` where not wanted."""
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     inputs = (q, k, v, prefix_k, prefix_v)
-    grads = [torch.empty_like(x) if w else None for x, w in zip(inputs, wanted, strict=False)]
+    targets = [torch.empty_like(x) if w else None for x, w in zip(inputs, wanted, strict=False)]
+    grads = [g if g is None or g.shape[-1] < 2 or g.stride(-1) == 1 else g.new_empty(g.shape) for g in targets]
     logits = [  # a bias is broadcast over logits: its gradient is a sum of theirs
-        None if b is None or not w else torch.zeros(*q.shape[:3], b.shape[3])
+        None if b is None or not w else q.new_zeros(*q.shape[:3], b.shape[3], dtype=torch.float32)
         for b, w in zip((bias, prefix_bias), wanted[6:], strict=True)
     ]
     if any(g is not None for g in (*grads, *logits)):
@@ -88,7 +86,7 @@ def backward(
         )  # fmt: skip
     none = q.new_empty(0)
     return (
-        *(none if g is None else g for g in grads),
+        *(none if t is None or g is None else g if g is t else t.copy_(g) for t, g in zip(targets, grads, strict=True)),
         _sinks(sinks, dout, dlse, out, lse) if sinks is not None and wanted[5] else none,
         *(none if g is None else _like(b, g) for b, g in zip((bias, prefix_bias), logits, strict=True)),
     )
@@ -109,7 +107,7 @@ def _sinks(sinks: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
     lost = -(dout.float() * out.float()).sum(-1).transpose(1, 2)  # [B, Hq, N]
     if dlse is not None:
         lost = lost + dlse
-    weights = (sinks.float()[:, None] - lse).exp()
+    weights = (sinks.float()[:, None] - lse).exp().where(lse > -float("inf"), 0.0)
     return _like(sinks, (weights * lost).sum((0, 2)))
 
 

@@ -17,8 +17,8 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     torch.library.register_fake(f"fastprompt::{name}", fake, lib=library)
 
 
-def unobserved(*tensors: torch.Tensor) -> bool:
-    """Whether nobody must see a call as an op: no compiler, tracer, transform, mode or tensor subclass is at work.
+def unobserved(*tensors: torch.Tensor | None) -> bool:
+    """Whether nobody must see a call as an op: no compiler, tracer, profiler, transform, mode or special tensor.
 
     Such a call without gradients may go straight to its implementation; crossing a registered op costs some 20 us.
     """
@@ -27,11 +27,12 @@ def unobserved(*tensors: torch.Tensor) -> bool:
     watchers = (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
-    return not watchers and all(type(t) in _PLAIN for t in tensors)
+    return not watchers and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

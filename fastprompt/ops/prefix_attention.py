@@ -65,16 +65,16 @@ def prefix_attention(
     _checks.positive("window", window)
     _checks.positive("softcap", softcap)
     chosen = dispatch.choose("prefix_attention", impl, q.device, q.dtype)
-    need_grad = _checks.needs_grad(q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias)
-    straight = chosen == "cpu" and not need_grad and unobserved(q, k, v, prefix_k, prefix_v)
-    if not straight:
-        _check(
-            q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, kv_start, kv_len, q_start, sinks, bias, prefix_bias
-        )
-    args = (
+    tensors = (
         q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, bias, prefix_bias, kv_start, kv_len, q_start,
-        _checks.plan(plan, q.shape[0]), causal, q.shape[-1] ** -0.5 if scale is None else scale, window, softcap,
-        need_grad or return_lse,
+    )  # fmt: skip
+    need_grad = _checks.needs_grad(q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias)
+    straight = chosen == "cpu" and not need_grad and unobserved(*tensors)
+    if not straight:
+        _check(*tensors)
+    args = (
+        *tensors, _checks.plan(plan, q.shape[0]), causal, q.shape[-1] ** -0.5 if scale is None else scale, window,
+        softcap, need_grad or return_lse,
     )  # fmt: skip
     if not straight:
         out, lse = torch.ops.fastprompt.prefix_attention.default(*args, chosen)
@@ -82,9 +82,7 @@ def prefix_attention(
     try:
         out, lse = dispatch.kernels("prefix_attention", chosen).forward(*args)
     except Exception:  # the kernel checks too, in far less time; these checks name the argument
-        _check(
-            q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, kv_start, kv_len, q_start, sinks, bias, prefix_bias
-        )
+        _check(*tensors)
         raise
     return (out, lse) if return_lse else out
 
@@ -97,12 +95,12 @@ def _check(
     prefix_v: Tensor,
     prefix_start: Tensor,
     prefix_len: Tensor,
-    kv_start: Tensor | None,
-    kv_len: Tensor | None,
-    q_start: Tensor | None,
     sinks: Tensor | None,
     bias: Tensor | None,
     prefix_bias: Tensor | None,
+    kv_start: Tensor | None,
+    kv_len: Tensor | None,
+    q_start: Tensor | None,
 ) -> None:
     _checks.shape("q", q, (None,) * 4, "[B, Hq, N, D]")
     rows, heads, _, dim = q.shape

@@ -239,7 +239,9 @@ def test_quick_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert any("rotating" in line["buffers"] for line in cases) and any(line["buffers"] == "hot" for line in cases)
     for line in cases:
         overs = [r["over"] for r in line["ratios"]]
-        assert overs[:3] == ["concatenated", "explicit", "expanded"] and ("folded" in overs) == line["case"].startswith("few")
+        assert overs[:3] == ["concatenated", "explicit", "expanded"] and ("folded" in overs) == line["case"].startswith(
+            "few"
+        )
         assert all(v["met"] is None for v in line["verdicts"])  # too small to judge
         assert set(line["times"]) == {"ours", *overs} == set(line["errors"])
     shown = capsys.readouterr().out

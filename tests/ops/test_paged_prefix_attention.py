@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import INF, assert_same
+from op_cases import INF, assert_same, doubled, widest
 
 from fastprompt import ops, reference
 from fastprompt.errors import ArgumentError
@@ -35,28 +35,29 @@ def arguments(shape, *, size=4, heads=(4, 2), dims=(8, 8), dtype=torch.float64, 
     )  # fmt: skip
 
 
-def check(args, tolerance=1e-11, plan=None, **more):
-    want = reference.paged_prefix_attention(*args, return_lse=True, **more)
-    got = ops.paged_prefix_attention(*args, return_lse=True, plan=plan, **more)
-    names = ("out", "lse")
+def check(impl, args, plan=None, **more):
+    exact = {name: x.double() if torch.is_tensor(x) else x for name, x in more.items()}
+    want = reference.paged_prefix_attention(*doubled(args), return_lse=True, **exact)
+    got = ops.paged_prefix_attention(*args, return_lse=True, plan=plan, impl=impl, **more)
+    names, tolerance = ("out", "lse"), 1e-11 if args[0].dtype == torch.float64 else 1e-5
     assert_same(dict(zip(names, got, strict=True)), dict(zip(names, want, strict=True)), tolerance)
-    assert_same({"out": ops.paged_prefix_attention(*args, **more)}, {"out": want[0]}, tolerance)
+    assert_same({"out": ops.paged_prefix_attention(*args, impl=impl, **more)}, {"out": want[0]}, tolerance)
 
 
 @pytest.mark.parametrize("dims", [(8, 8), (8, 5)])
 @pytest.mark.parametrize("size", [1, 4, 16])
 @pytest.mark.parametrize("shape", [RAGGED, DECODE], ids=["ragged", "decode"])
-def test_equals_the_oracle(shape, size, dims):
-    args = arguments(shape, size=size, dims=dims)
-    for more in ({}, {"window": 5}, {"softcap": 2.0, "scale": 0.4}, {"sinks": torch.randn(4, dtype=torch.float64)}):
-        check(args, **more)
-        check(args, plan=BatchPlan.build(*zip(*EXTENTS, strict=True)), **more)
+def test_equals_the_oracle(impl, shape, size, dims):
+    args = arguments(shape, size=size, dims=dims, dtype=widest(impl))
+    for more in ({}, {"window": 5}, {"softcap": 2.0, "scale": 0.4}, {"sinks": torch.randn(4, dtype=widest(impl))}):
+        check(impl, args, **more)
+        check(impl, args, plan=BatchPlan.build(*zip(*EXTENTS, strict=True)), **more)
 
 
 @pytest.mark.parametrize("shape", [RAGGED, DECODE], ids=["ragged", "decode"])
-def test_unused_slots_may_hold_anything(shape):
-    check(arguments(shape, poison=float("nan")))
-    check(arguments(shape, poison=INF, dtype=torch.float32), tolerance=1e-5)
+def test_unused_slots_may_hold_anything(impl, shape):
+    check(impl, arguments(shape, poison=float("nan"), dtype=widest(impl)))
+    check(impl, arguments(shape, poison=INF, dtype=torch.float32))
 
 
 def test_the_reference_is_attention_over_the_rows_tokens():
@@ -90,8 +91,8 @@ def test_gradients_are_refused():
         assert ops.paged_prefix_attention(*args).isfinite().all()
 
 
-def test_bad_arguments_are_named():
-    args = arguments(RAGGED)
+def test_bad_arguments_are_named(impl):
+    args = arguments(RAGGED, dtype=widest(impl))
     for place, name, bad in [
         (0, "q", args[0][0]),
         (1, "k_cache", args[1][..., :3]),
@@ -105,4 +106,4 @@ def test_bad_arguments_are_named():
         (6, "prefix_k", args[6][:1]),
     ]:
         with pytest.raises(ArgumentError, match=name):
-            ops.paged_prefix_attention(*args[:place], bad, *args[place + 1 :])
+            ops.paged_prefix_attention(*args[:place], bad, *args[place + 1 :], impl=impl)
