@@ -85,3 +85,22 @@ def test_a_plan_of_another_batch_is_refused_as_by_the_reference(rows):
             call(ops.prefix_attention, impl=impl, plan=plan)
         said.append(str(error.value))
     assert said[0] == said[1]
+
+
+BAD_PLANS = {
+    "a row beyond the batch": (0, [10**6, 0, 1, 2]),
+    "a row twice": (0, [0, 0, 1, 2]),
+    "a group that ends where it begins": (4, [0, 0, 4]),
+    "a group beyond the batch": (4, [0, 5, 4]),
+    "no end": (4, [0, -1, -1]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PLANS)
+def test_a_plan_that_was_written_to_is_refused(bad):
+    call = attention([(0, 5)] * 4, queries=1, keys=3, dtype=torch.float32)
+    plan = BatchPlan.build([0] * 4, [5] * 4)
+    place, numbers = BAD_PLANS[bad]
+    plan.packed[place : place + len(numbers)] = torch.tensor(numbers)
+    with pytest.raises(ArgumentError, match="plan is not one that"):
+        call(run, plan=plan)
