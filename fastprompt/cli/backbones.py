@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastprompt.demo import EMBEDDED as EMBEDDED
 from fastprompt.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from fastprompt.spec import BackboneSpec
 
-EMBEDDED = "embedded"
 HELP = "A transformers model: a folder, an id on the hub, or 'embedded' for the one in the package."
 Backbone = Annotated[str, typer.Option("--backbone", help=HELP)]
 OptionalBackbone = Annotated[str | None, typer.Option("--backbone", help=HELP)]

@@ -81,7 +81,7 @@ def _render_plan(data: dict[str, Any]) -> None:
 def _render(data: dict[str, Any]) -> None:
     for base, best in data["best"].items():
         mine = [result for result in data["results"] if result["base"] == base]
-        ranked = sorted(mine, key=lambda result: -_score(result))
+        ranked = sorted(mine, key=lambda result: -_number(result["best_score"]))
         table = Table(title=Text(base), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("candidate")
         table.add_column(best["metric"], justify="right")
@@ -95,12 +95,31 @@ def _render(data: dict[str, Any]) -> None:
         if len(ranked) > SHOWN:
             table.caption = f"the best {SHOWN} of {len(ranked)}"
         console.print(table)
+        if settings := [setting for setting in data["seeds"] if setting["base"] == base]:
+            console.print(_seeds_table(settings))
     console.print(f"All results: {data['output']}/sweep.jsonl; best prompts: {data['output']}/best", markup=False)
+
+
+def _seeds_table(settings: list[dict[str, Any]]) -> Table:
+    """Settings that differ in the seed only, the best mean first."""
+    ranked = sorted(settings, key=lambda setting: -_number(setting["mean"]))
+    table = Table(title=f"{settings[0]['metric']} over seeds", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("mean", "spread", "seeds", "trained"):
+        table.add_column(column, justify="right")
+    table.add_column("values")
+    for setting in ranked[:SHOWN]:
+        numbers = number(setting["mean"]), number(setting["spread"], 2), str(setting["scored"])
+        trained = f"{setting['trained_parameters']:,}"
+        table.add_row(*map(Text, (*numbers, trained, _values(setting["values"]))))
+    if len(ranked) > SHOWN:
+        table.caption = f"the best {SHOWN} of {len(ranked)}"
+    return table
 
 
 def _values(values: dict[str, Any]) -> str:
     return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
 
 
-def _score(result: dict[str, Any]) -> float:
-    return float("-inf") if result["best_score"] is None else result["best_score"]
+def _number(score: float | None) -> float:
+    """A score to rank by; what has none comes last."""
+    return float("-inf") if score is None else score

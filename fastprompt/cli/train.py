@@ -15,6 +15,7 @@ from fastprompt.cli.output import Json, console, emit
 from fastprompt.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from fastprompt.training.job import Job
     from fastprompt.training.launch import Launch
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see docs/training.md.")]
@@ -48,8 +49,7 @@ def train(
     settings = load_config(config, [*(set_ or []), *_comparators(compare)])
     if dry_run:
         launch = prepare_launch(settings)
-        check_launch(launch)
-        emit(_plan(launch), as_json, _render_plan)
+        emit(_plan(launch, check_launch(launch)), as_json, _render_plan)
         return
     with live_table() as listen:
         report = train_file(settings, output=output, resume=resume, overwrite=overwrite, listen=listen)
@@ -70,8 +70,8 @@ def _comparators(kinds: str | None) -> list[str]:
     return [f"comparator=[{tables}]"]
 
 
-def _plan(launch: Launch) -> dict[str, Any]:
-    """What a run would do."""
+def _plan(launch: Launch, jobs: list[Job]) -> dict[str, Any]:
+    """What a run of these jobs would do."""
     return {
         "backbone": launch.config.run.backbone,
         "prompts": [
@@ -83,7 +83,7 @@ def _plan(launch: Launch) -> dict[str, Any]:
                 "validation": 0 if job.validation is None else len(job.validation),
                 "steps": job.total_steps(),
             }
-            for job in launch.jobs
+            for job in jobs
         ],
         "output": str(launch.output),
     }

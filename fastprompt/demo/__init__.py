@@ -13,8 +13,9 @@ from fastprompt.demo.tasks import Task, tasks
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["ASSETS", "Task", "backbone", "tasks", "tokenizer"]
+__all__ = ["ASSETS", "EMBEDDED", "Task", "backbone", "tasks", "tokenizer"]
 
+EMBEDDED = "embedded"  # what the command line and config files call it
 ASSETS = Path(__file__).parent / "assets"
 
 

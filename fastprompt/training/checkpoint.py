@@ -22,9 +22,10 @@ from safetensors import torch as safetensors_torch
 
 from fastprompt.errors import PromptFileError
 from fastprompt.folders import replace_folder
+from fastprompt.training.files import dumps
 
 TENSORS, STATE, TRAINER_STATE = "training.safetensors", "training.json", "trainer_state.json"
-VERSION = 1
+VERSION = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -45,8 +46,8 @@ class Checkpoint:
         state = {"version": VERSION, "sha256": hashlib.sha256(tensors).hexdigest(), **self.state}
         files = {
             TENSORS: tensors,
-            STATE: json.dumps(state).encode(),
-            TRAINER_STATE: json.dumps(trainer_state).encode(),
+            STATE: dumps(state).encode(),
+            TRAINER_STATE: dumps(trainer_state).encode(),
         }
         replace_folder(folder, files, overwrite=True)
 

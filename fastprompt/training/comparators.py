@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastprompt.errors import ArgumentError
 from fastprompt.heads import head_modules
 from fastprompt.integrations.transformers import inputs as call_inputs
 from fastprompt.prompts.init import seeded
+from fastprompt.prompts.noise import Noise
 from fastprompt.training.job import Job
 
 if TYPE_CHECKING:
@@ -121,17 +122,7 @@ class Probe(ComparedModel):
         elif self.pooling != "each":
             place = mask.sum(1) - 1 if self.pooling == "last" else torch.zeros_like(mask[:, 0])
             states = states[torch.arange(len(states), device=states.device), place]
-        return _Output(logits=self.linear(states))
-
-
-class _Output(SimpleNamespace):
-    """An output whose fields can be asked for as those of transformers' are."""
-
-    def get(self, name: str) -> Any:
-        return getattr(self, name, None)
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
+        return SequenceClassifierOutput(logits=self.linear(states))  # in which data parallelism finds the tensors
 
 
 class Trained(nn.Module):
@@ -142,6 +133,7 @@ class Trained(nn.Module):
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
         self.encoder = nn.ParameterList(parameters)
+        self.noise = Noise()  # it has no dropout of its own to draw
 
 
 def build(

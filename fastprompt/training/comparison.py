@@ -13,13 +13,14 @@ from typing import Any
 from transformers import PrinterCallback
 
 from fastprompt.model import PromptedModel
+from fastprompt.prompts.init import seeded
 from fastprompt.training import arguments, memory
 from fastprompt.training.collate import Collator
 from fastprompt.training.comparators import FULL, LORA, Comparator, build
 from fastprompt.training.items import Items
 from fastprompt.training.job import Job
 from fastprompt.training.mixture import Mixture, Stream
-from fastprompt.training.prepare import pad_token_id
+from fastprompt.training.padding import pad_token_id
 from fastprompt.training.quiet import without_dropout
 from fastprompt.training.result import Listener, TrainResult
 from fastprompt.training.run import train
@@ -71,7 +72,10 @@ def compare(
     own = comparator.job(job)
     if refused := comparator.refusal(job):
         return Comparison(job.name, comparator.kind, None, own.best_metric, 0, 0, None, 0.0, 0, refused)
-    model = build(comparator, own, *load(), causal=causal)
+    own = own.counted(len(items[0]))
+    with seeded(own.seed):  # a fresh head is drawn at loading
+        backbone, tokenizer = load()
+    model = build(comparator, own, backbone, tokenizer, causal=causal)
     run: Any = Run(
         model,  # type: ignore[arg-type]
         [own],
@@ -81,6 +85,7 @@ def compare(
         [{}],
         eval_batch_size,
         listen=listen,
+        keeps_best=False,  # nothing but its score is asked for, and a copy may be of all the backbone
     )
     trainer, peak = _train(run, comparator.kind in (FULL, LORA), options, seed)
     trained = trainer.parameters[0].all
@@ -102,8 +107,7 @@ def _train(run: Run, whole: bool, options: Mapping[str, Any], seed: int) -> tupl
     model, mixture = run.model, run.mixture
     with tempfile.TemporaryDirectory() as scratch, nullcontext() if whole else without_dropout(model.backbone):
         args = arguments.training_arguments(options, Path(scratch), mixture.steps, seed)
-        mixture.accumulation, mixture.processes = args.gradient_accumulation_steps, args.world_size
-        mixture.process = args.process_index
+        mixture.divide(args.gradient_accumulation_steps, args.world_size, args.process_index)
         if whole and options.get("gradient_checkpointing"):
             model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         model.to(args.device)

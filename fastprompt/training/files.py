@@ -1,8 +1,9 @@
-"""Result files: replaced as one, or appended a line at a time."""
+"""Result files: strict JSON, replaced as one, or appended a line at a time."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,21 +12,35 @@ from typing import Any
 import torch
 
 
+def json_types(value: Any) -> Any:
+    """A value as strict JSON gives it back: tuples as lists, and None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {k: json_types(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_types(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """Strict JSON of any value in JSON types."""
+    return json.dumps(json_types(value), allow_nan=False, **options)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write `data` so that a reader finds the old file or the new one; of several processes the first one does."""
     if not main_process():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    new.write_text(dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(new, path)
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line, on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(dumps(record, ensure_ascii=False) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -56,11 +56,18 @@ def make_items(model: PromptedModel, job: Job) -> tuple[Items, list[str]]:
         None if room is None else room - length,
         job.template,
         getattr(model.backbone.config, "decoder_start_token_id", None),
+        job.max_length,
     )
     items, problems = _known(job, context)
     if not problems and _stands_in_place(model, job) and not _places_tokens(items):
         problems = ["its virtual tokens stand in place, and nothing says where: give a template"]
     return items, [f"job {job.name!r}: {p}" for p in problems]
+
+
+def counted(model: PromptedModel, job: Job) -> Job:
+    """The job in steps, its epochs over the examples that it trains on; as it is where it has none."""
+    (train, _), _ = make_items(model, job)
+    return job.counted(len(train)) if train else job
 
 
 def _known(job: Job, context: TaskContext) -> tuple[Items, list[str]]:

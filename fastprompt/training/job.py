@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastprompt.errors import ArgumentError
@@ -29,7 +29,8 @@ class Job:
             "constant", behind `warmup` optimiser steps (an int) or share of all steps (a float) that rise linearly.
         head_learning_rate: the head's own; None: `learning_rate`.
         batch_size: examples of this job in an optimiser step, over all processes and accumulated passes.
-        epochs, steps: how long it trains; exactly one of them. A step has `batch_size` examples, always.
+        epochs, steps: how long it trains; exactly one of them. A step has `batch_size` examples, always; an epoch has
+            those that the task does not leave out.
         max_grad_norm: bound on the norm of this prompt's gradient (with its head's); None: no bound.
         evaluate_every: optimiser steps between evaluations; None: once an epoch. The last step is evaluated anyway.
         patience: evaluations without a better score after which the job stops; None: never.
@@ -39,6 +40,9 @@ class Job:
         shares: multi-task: train the virtual tokens of the job of this name, with a head and data of this job's own.
             Rates, clipping and regularisation of the virtual tokens are that job's.
         template: for in-place prompts.
+        max_length: the most tokens of a text: its special tokens count, virtual tokens and the answer behind it do
+            not. A longer text is cut, at the end unless the task's `truncate` says "start". None: a text that the
+            backbone has no positions for is cut if the task has `truncate`, and else a problem.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Job:
     init_from: str | None = None
     shares: str | None = None
     template: Any = None
+    max_length: int | None = None
 
     @property
     def best_metric(self) -> str:
@@ -86,7 +91,7 @@ class Job:
             value = getattr(self, name)
             if value is not None or name in ("learning_rate", "weight_decay"):
                 check(check_float, name, value, 0.0, _LARGEST)
-        for name in ("batch_size", "steps", "evaluate_every", "patience"):
+        for name in ("batch_size", "steps", "evaluate_every", "patience", "max_length"):
             if getattr(self, name) is not None or name == "batch_size":
                 check(check_int, name, getattr(self, name), 1)
         check(check_choice, "schedule", self.schedule, SCHEDULES)
@@ -113,16 +118,26 @@ class Job:
             found.append("patience needs validation examples to tell whether the prompt still gets better")
         return found
 
+    def counted(self, examples: int) -> Job:
+        """The same job with its length and its evaluations in steps, for so many examples that it trains on."""
+        steps, every = self.steps, self.evaluate_every
+        if steps is None:
+            assert self.epochs is not None
+            steps = max(1, -(-round(self.epochs * examples) // self.batch_size))
+        every = every or max(1, round(examples / self.batch_size))
+        return replace(self, epochs=None, steps=steps, evaluate_every=every)
+
     def total_steps(self) -> int:
-        """Optimiser steps this job trains for, unless it stops early."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(1, -(-round(self.epochs * len(self.train)) // self.batch_size))
+        """Optimiser steps this job trains for, unless it stops early; epochs here count all examples of `train`.
+
+        A run counts those that the task does not leave out: its jobs are `counted`.
+        """
+        return self.steps if self.steps is not None else self.counted(len(self.train)).total_steps()
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the job is scored after `step` optimiser steps."""
         if self.validation is None:
             return False
-        every = self.evaluate_every or max(1, round(len(self.train) / self.batch_size))
+        every = self.evaluate_every or self.counted(len(self.train)).evaluate_every
+        assert every is not None
         return step == self.total_steps() or (step < self.total_steps() and step % every == 0)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,15 @@ import torch
 import fastprompt
 from fastprompt.errors import ArgumentError, TrainingError
 from fastprompt.model import PromptedModel
-from fastprompt.training.comparators import Comparator
+from fastprompt.prompts.init import seeded
 from fastprompt.training.config import RunConfig, load_config
 from fastprompt.training.config.build import Examples, job_of, load_backbone, load_examples, train_options
 from fastprompt.training.config.tables import PromptTable
-from fastprompt.training.files import main_process, write_json
+from fastprompt.training.files import json_types, main_process, write_json
+from fastprompt.training.items import counted, made_once
 from fastprompt.training.job import Job
 
 if TYPE_CHECKING:
-    from fastprompt.training.comparison import Comparison
     from fastprompt.training.result import JobResult, Listener, TrainResult
     from fastprompt.training.sweep.candidates import Candidate
     from fastprompt.training.sweep.halving import Halving
@@ -55,28 +54,31 @@ def prepare_launch(config: RunConfig) -> Launch:
         torch.set_num_threads(config.run.threads)
     examples = load_examples(config)
     jobs = tuple(job_of(config, entry, data) for entry, data in zip(config.prompts, examples, strict=True))
-    backbone, tokenizer = load_backbone(config)
+    with seeded(config.run.seed):  # weights that its files lack are the same when the run goes on
+        backbone, tokenizer = load_backbone(config)
     return Launch(config, PromptedModel(backbone, tokenizer), jobs, train_options(config))
 
 
-def check_launch(launch: Launch) -> None:
+def check_launch(launch: Launch) -> list[Job]:
     """Check what can only be checked with backbone and data at hand, and leave the model as it was.
 
-    Errors: ConfigError with all problems, each at the line of its prompt.
+    Returns the jobs with their length in steps. Errors: ConfigError with all problems, each at the line of its prompt.
     """
     from fastprompt.training import prepare
 
-    with _placed(launch.config):
+    with _placed(launch.config), made_once():
         prepare.check(launch.model, launch.jobs, launch.options["options"])
+        return [counted(launch.model, job) for job in launch.jobs]
 
 
 def check_sweep(launch: Launch, candidates: Sequence[Candidate]) -> None:
     """The same for the candidates of a sweep."""
     from fastprompt.training.sweep.run import check_candidates
 
-    _check_rungs(launch, candidates)
-    with _placed(launch.config):
-        check_candidates(launch.model, candidates, launch.options)
+    with made_once():
+        _check_rungs(launch, candidates)
+        with _placed(launch.config):
+            check_candidates(launch.model, candidates, launch.options)
 
 
 @contextmanager
@@ -123,7 +125,7 @@ def train_file(
         path: the file, or what `load_config` made of it.
         overrides: `key=value` in place of what the file says.
         output: folder for prompts, checkpoints and results, in place of the file's.
-        resume, overwrite, listen: as in `train`.
+        resume, overwrite, listen: as in `train`; resumed, what was compared already is not learned again.
     Errors: ConfigError with every problem, before any training.
     """
     from fastprompt.training.run import train
@@ -144,9 +146,12 @@ def train_file(
     report = train_report(launch, result, folder)
     write_json(folder / RESULTS, report)
     if config.comparators:
-        report["comparison"] = [asdict(line) for line in _compared(launch, report, listen)]
+        from fastprompt.training.compared import KEPT, Kept, compared
+
+        kept = Kept(folder / KEPT, resume=resume)
+        report["comparison"] = [asdict(line) for line in compared(launch, report, kept, listen)]
         write_json(folder / RESULTS, report)
-    return report
+    return json_types(report)
 
 
 def prepare_sweep(path: str | Path | RunConfig, overrides: Sequence[str] = ()) -> tuple[Launch, list[Candidate]]:
@@ -175,21 +180,23 @@ def sweep_file(
     from fastprompt.training.sweep.run import run_candidates
 
     launch, candidates = prepare_sweep(path, overrides)
-    halving, table = _check_rungs(launch, candidates), launch.config.sweep
+    table = launch.config.sweep
     assert table is not None
-    with _placed(launch.config):
-        return run_candidates(
-            launch.model,
-            candidates,
-            launch.output if output is None else Path(output),
-            halving=halving,
-            max_prompts_per_run=table.max_prompts_per_run,
-            memory=None if table.memory is None else int(table.memory * 2**30),
-            resume=resume,
-            overwrite=overwrite,
-            listen=listen,
-            options=launch.options,
-        )
+    with made_once():
+        halving = _check_rungs(launch, candidates)
+        with _placed(launch.config):
+            return run_candidates(
+                launch.model,
+                candidates,
+                launch.output if output is None else Path(output),
+                halving=halving,
+                max_prompts_per_run=table.max_prompts_per_run,
+                memory=None if table.memory is None else int(table.memory * 2**30),
+                resume=resume,
+                overwrite=overwrite,
+                listen=listen,
+                options=launch.options,
+            )
 
 
 def _check_rungs(launch: Launch, candidates: Sequence[Candidate]) -> Halving:
@@ -201,45 +208,11 @@ def _check_rungs(launch: Launch, candidates: Sequence[Candidate]) -> Halving:
     halving = Halving(table.eta, table.rungs)
     for candidate in candidates:
         try:
-            halving.prepared(candidate.job)
+            halving.prepared(counted(launch.model, candidate.job))
         except ArgumentError as error:
             problems.add(("sweep", "rungs"), str(error))
     problems.raise_all()
     return halving
-
-
-def _compared(launch: Launch, report: dict[str, Any], listen: Listener | None) -> Iterator[Comparison]:
-    """A line for every prompt and for every other way to learn its task."""
-    from fastprompt.training.comparison import compare, of_prompt
-    from fastprompt.training.items import make_items
-
-    config, model, jobs = launch.config, launch.model, launch.jobs
-    items = [make_items(model, job)[0] for job in jobs]
-    for job, row in zip(jobs, report["prompts"], strict=True):
-        yield of_prompt(model, job, row, launch.options["options"])
-    model.to("meta")  # its memory is not to count among the others'
-    for table in config.comparators:
-        fields = table.model_dump(exclude={"prompts"})
-        done: list[Any] = []
-        for entry, job, made in zip(config.prompts, jobs, items, strict=True):
-            comparator = Comparator(**fields)
-            same = (entry.task, entry.data, comparator.lesson(job))
-            if same in done or (table.prompts is not None and job.name not in table.prompts):
-                continue  # prompts by several methods learn the same: the other way does it once
-            done.append(same)
-            outputs = job.task.num_labels()
-            changes = {"dtype": torch.float32} | ({} if outputs is None else {"num_labels": outputs})
-            yield compare(
-                comparator,
-                job,
-                made,
-                partial(load_backbone, config, **changes),
-                causal=model._info.spec.causal,
-                options=launch.options["options"],
-                eval_batch_size=config.run.evaluation_rows,
-                seed=config.run.seed,
-                listen=listen,
-            )
 
 
 def train_report(launch: Launch, result: TrainResult, folder: Path) -> dict[str, Any]:

@@ -103,5 +103,7 @@ def sacrebleu() -> Any:
     try:
         import sacrebleu
     except ImportError:
-        raise ArgumentError("bleu is True, and needs a package that is missing: pip install sacrebleu") from None
+        raise ArgumentError(
+            "bleu is True, and sacrebleu, which computes it, is not installed: pip install 'fastprompt[train]'"
+        ) from None
     return sacrebleu

@@ -53,9 +53,13 @@ class Mixture:
         self, streams: Sequence[Stream], *, accumulation: int = 1, processes: int = 1, process: int = 0
     ) -> None:
         self.streams = streams
-        self.accumulation, self.processes, self.process = accumulation, processes, process
+        self.divide(accumulation, processes, process)
         self.totals = [stream.job.total_steps() for stream in streams]
         self.stopped: set[int] = set()
+
+    def divide(self, accumulation: int, processes: int, process: int) -> None:
+        """Cut every step for this process of so many, into so many passes each."""
+        self.accumulation, self.processes, self.process = accumulation, processes, process
 
     @property
     def steps(self) -> int:

@@ -19,6 +19,7 @@ from fastprompt.training.arguments import check_options
 from fastprompt.training.collate import Collator
 from fastprompt.training.items import Items, made_once, make_items
 from fastprompt.training.job import Job
+from fastprompt.training.padding import embeddings, own_pad, pad_token_id
 from fastprompt.training.tasks.base import Item, Task
 
 _POOLED = "AutoModelForSequenceClassification"  # a decoder of this class answers at the last token that is no padding
@@ -109,8 +110,15 @@ def _backbone_problems(model: PromptedModel, task: Task) -> list[str]:
     classes = classes if isinstance(classes, (tuple, list)) else (classes,)
     if not isinstance(backbone, tuple(classes)):
         return [f"{task.name} needs a backbone of {task.auto_class}, and this one is {type(backbone).__name__}"]
-    if task.auto_class == _POOLED and model._info.looks_up_ids and _own_pad(backbone) is None:
-        return ["the backbone's config has no pad_token_id, by which it finds the last token of a text: set it"]
+    if task.auto_class == _POOLED and model._info.looks_up_ids:
+        pad, count = own_pad(backbone), embeddings(backbone)
+        if pad is None:
+            return ["the backbone's config has no pad_token_id, by which it finds the last token of a text: set it"]
+        if pad >= count:
+            return [
+                f"the backbone's config has pad_token_id {pad}, by which it finds the last token of a text, and "
+                f"embeddings for tokens below {count}: set it to one of those, or add one with resize_token_embeddings"
+            ]
     return []
 
 
@@ -170,20 +178,6 @@ def _metric_problems(model: PromptedModel, job: Job, validation: Sequence[Item])
     if job.metric in scores:
         return []
     return [f"job {job.name!r}: metric is {job.metric!r}, expected one of {', '.join(map(repr, scores))}"]
-
-
-def pad_token_id(model: Any) -> int:
-    """What rows are padded with: the backbone's own token, by which some find a row's end, or the tokenizer's.
-
-    Any token will do where neither has one: it is masked.
-    """
-    known = (_own_pad(model.backbone), model.tokenizer.pad_token_id)
-    return next((pad for pad in known if pad is not None), 0)
-
-
-def _own_pad(backbone: Any) -> int | None:
-    pad = getattr(backbone.config, "pad_token_id", None)
-    return pad if isinstance(pad, int) and pad >= 0 else None
 
 
 def describe(job: Job, items: Items) -> dict[str, Any]:

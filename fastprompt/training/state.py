@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fastprompt.model import PromptedModel
 from fastprompt.prompts import SoftPrompt
 from fastprompt.store import save_prompt
 from fastprompt.training.collate import Collator
+from fastprompt.training.files import json_types
 from fastprompt.training.job import Job
 from fastprompt.training.mixture import Mixture
 from fastprompt.training.result import Listener, Pruner
@@ -27,8 +28,10 @@ from fastprompt.training.tasks.base import Item
 class Run:
     """Everything one training run works on; lists go by the jobs' numbers.
 
-    `best[j]` is a copy of the prompt that scored best, `validation[j]` the items it is scored on; `digests[j]` tells
-    whether a checkpoint belongs to this job. `output` is None where nothing is to be written.
+    `best[j]` is a copy of the prompt that scored best (none where `keeps_best` is False), `validation[j]` the items it
+    is scored on; `digests[j]` tells whether a checkpoint belongs to this job, `backbone` whether it does to this
+    backbone. `output` is None where nothing is to be written. `first_draws[j]` is the draw of its dropout with which
+    prompt j began.
     """
 
     model: PromptedModel
@@ -38,16 +41,22 @@ class Run:
     validation: Sequence[Sequence[Item]]
     digests: Sequence[Mapping[str, Any]]
     eval_rows: int
+    backbone: Mapping[str, str] = field(default_factory=dict)
     output: Path | None = None
     save_every: int | None = None
     keep_checkpoints: int = 2
     listen: Listener | None = None
     prune: Pruner | None = None
+    keeps_best: bool = True
     states: list[JobState] = field(default_factory=list)
     best: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    first_draws: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.states = [JobState(job.name, job.best_metric) for job in self.jobs]
+        self.first_draws = [prompt.noise.draws for prompt in self.prompts]
+        numbers = {job.name: j for j, job in enumerate(self.jobs)}
+        self._owners = [j if job.shares is None else numbers[job.shares] for j, job in enumerate(self.jobs)]
 
     @property
     def prompts(self) -> list[SoftPrompt]:
@@ -57,6 +66,14 @@ class Run:
         """The job draws no more rows."""
         self.states[j].stop(reason, step)
         self.mixture.stopped.add(j)
+
+    def set_draws(self, jobs: Iterable[int], step: int) -> None:
+        """Let the dropout of these jobs' prompts draw what belongs to optimiser step `step`.
+
+        So it is the same in every pass and process of a step, and however a step is cut.
+        """
+        for j in {self._owners[j] for j in jobs}:
+            self.model.library[self.jobs[j].name].noise.draws = self.first_draws[j] + step
 
     @torch.no_grad()
     def is_finite(self, j: int) -> bool:
@@ -112,12 +129,12 @@ class Run:
                 "step": step,
                 "scores": state.scores_at(step),
                 "metric": state.metric,
-                "examples": len(job.train),
+                "examples": len(self.mixture.streams[j].items),
                 "validation_examples": 0 if job.validation is None else len(job.validation),
                 **self.digests[j],
             }
         }
-        save_prompt(self.output / kind / job.name, self.prompts[j], record=record, overwrite=True)
+        save_prompt(self.output / kind / job.name, self.prompts[j], record=json_types(record), overwrite=True)
 
 
 def _same_tokens(states: Sequence[Mapping[str, torch.Tensor] | None]) -> bool:

@@ -70,8 +70,16 @@ class JobState:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> JobState:
         state = JobState(**{f.name: values[f.name] for f in fields(JobState)})
-        state.losses = [(int(step), float(loss)) for step, loss in state.losses]
+        state.losses = [(int(step), _number(loss)) for step, loss in state.losses]
+        state.history = [
+            {**entry, "scores": {k: _number(v) for k, v in entry["scores"].items()}} for entry in state.history
+        ]
         return state
+
+
+def _number(value: float | None) -> float:
+    """A number that strict JSON kept; what was not finite came back as null."""
+    return math.nan if value is None else float(value)
 
 
 def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:

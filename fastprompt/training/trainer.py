@@ -14,7 +14,6 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from fastprompt.prompts.noise import Noise
 from fastprompt.training import evaluation
 from fastprompt.training.checkpoint import (
     Checkpoint,
@@ -27,8 +26,9 @@ from fastprompt.training.checkpoint import (
 from fastprompt.training.collate import split_losses
 from fastprompt.training.optimizer import JobParameters, build_optimizer, clip_gradients
 from fastprompt.training.result import Progress
+from fastprompt.training.resume import pack_run, unpack_run
 from fastprompt.training.state import Run
-from fastprompt.training.stopping import DIVERGED, FINISHED, PRUNED, JobState, snapshot
+from fastprompt.training.stopping import DIVERGED, FINISHED, PRUNED, snapshot
 
 
 class _Passes:
@@ -92,6 +92,7 @@ class MixedTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch = inputs["batch"].to(self.args.device)
+        self.run.set_draws(batch.jobs, self.state.global_step)
         output = model(**batch.model_inputs, prompts=batch.prompts)
         losses = split_losses(batch, output) * batch.weights
         self._sums.index_add_(0, batch.job_index, losses.detach())
@@ -120,6 +121,7 @@ class MixedTrainer(Trainer):
         self.step_seconds.append(time.perf_counter() - self._step_began)
         run, step = self.run, self.state.global_step
         trained = run.mixture.running(step - 1)
+        run.set_draws(trained, step)
         due = [j for j in trained if run.jobs[j].evaluates_at(step)]
         self.control.should_evaluate = bool(due)
         for j in trained:
@@ -213,7 +215,8 @@ class MixedTrainer(Trainer):
         for j, found in scores.items():
             state = run.states[j]
             if state.record(run.jobs[j], step, found):
-                run.best[j] = snapshot(run.prompts[j])
+                if run.keeps_best:
+                    run.best[j] = snapshot(run.prompts[j])
                 if run.output is not None and self.args.should_save:
                     run.save_prompt(j, "best", step)
             if run.mixture.totals[j] == step:
@@ -230,23 +233,17 @@ class MixedTrainer(Trainer):
         """Write the checkpoint of this step in one piece, and drop old ones."""
         run, args = self.run, self.args
         assert run.output is not None
-        noises = [asdict(prompt.noise) for prompt in run.prompts]  # of the prompts' dropout
-        generators = [{**random_state(args.device), "prompts": noises}]
+        generators = [random_state(args.device)]
         if args.world_size > 1:
             generators = gather_object(generators)
         if not args.should_save:
             return
         moments, groups = pack_optimizer(self.optimizer)
-        tensors = {f"optimizer/{key}": tensor for key, tensor in moments.items()}
-        for j, prompt in enumerate(run.prompts):
-            tensors |= {f"prompt/{j}/{key}": tensor for key, tensor in snapshot(prompt).items()}
-            tensors |= {f"best/{j}/{key}": tensor for key, tensor in run.best.get(j, {}).items()}
-        tensors["loss_sums"] = self._sums.clone()
-        state = {
-            "jobs": list(run.digests),
+        tensors, state = pack_run(run)
+        tensors |= {f"optimizer/{key}": tensor for key, tensor in moments.items()} | {"loss_sums": self._sums.clone()}
+        state |= {
             "groups": groups,
             "schedule": self.lr_scheduler.state_dict(),
-            "states": [s.to_dict() for s in run.states],
             "random": generators,
             "summed": self._summed,
         }
@@ -255,13 +252,8 @@ class MixedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put prompts and standings back; the optimiser follows when the Trainer has prepared it."""
-        loaded, run = Checkpoint.read(Path(resume_from_checkpoint)), self.run
-        run.states = [JobState.from_dict(values) for values in loaded.state["states"]]
-        run.mixture.stopped = {j for j, state in enumerate(run.states) if not state.running}
-        for j, prompt in enumerate(run.prompts):
-            prompt.load_state_dict(loaded.under(f"prompt/{j}"))
-            if best := loaded.under(f"best/{j}"):
-                run.best[j] = best
+        loaded = Checkpoint.read(Path(resume_from_checkpoint))
+        unpack_run(self.run, loaded)
         self._sums.copy_(loaded.tensors["loss_sums"])
         self._summed = list(loaded.state["summed"])
         self._loaded = loaded
@@ -274,10 +266,7 @@ class MixedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._loaded is not None:
             generators = self._loaded.state["random"]
-            own = generators[self.args.process_index % len(generators)]
-            set_random_state(own, self.args.device)
-            for prompt, noise in zip(self.run.prompts, own["prompts"], strict=True):
-                prompt.noise = Noise(**noise)
+            set_random_state(generators[self.args.process_index % len(generators)], self.args.device)
 
     @property
     def median_step(self) -> float:

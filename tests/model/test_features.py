@@ -1,125 +1,20 @@
-"""What the backbone can do it can still do with prompts: caches, decoding modes, checkpointing, casting, adapters."""
+"""What the backbone can do it can still do with prompts: checkpointing, casting, compiling, packing, pipelines."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import zoo
-from transformers import CompileConfig, DynamicCache
+from feature_cases import ROWS, loud, padded, prompted
 
 import fastprompt as fp
-
-ROWS: list[str | None] = ["prefix", None, "embed", "prefix"]
-GREEDY: dict[str, Any] = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
-
-
-def loud(model: fp.PromptedModel) -> fp.PromptedModel:
-    """The model with prompt weights large enough that losing one would show."""
-    with torch.no_grad():
-        for name in model.prompt_names:
-            for p in model.library[name].encoder.parameters():
-                p.normal_(0.0, 0.5)
-    return model.eval()
-
-
-def prompted(backbone: Any) -> fp.PromptedModel:
-    model = fp.PromptedModel(backbone)
-    model.add_prompt("prefix", fp.PrefixTuning(num_virtual_tokens=9))
-    model.add_prompt("embed", fp.PromptTuning(num_virtual_tokens=4))
-    return loud(model)
 
 
 @pytest.fixture
 def inputs() -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, zoo.VOCAB, (4, 12))
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    mask[3, :2] = 0
-    return dict(input_ids=ids * mask, attention_mask=mask)
-
-
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "mistral_window", "gemma2", "gemma3_text", "gpt_oss", "opt", "deepseek_v3"]
-)
-def test_static_cache_gives_the_same_tokens(name: str, inputs: dict[str, torch.Tensor]) -> None:
-    model = prompted(zoo.causal(name))
-    dynamic = model.generate(**inputs, prompts=ROWS, **GREEDY)
-    static = model.generate(**inputs, prompts=ROWS, cache_implementation="static", **GREEDY)
-    assert static.tolist() == dynamic.tolist()
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2"])
-def test_generate_under_torch_compile(name: str, inputs: dict[str, torch.Tensor]) -> None:
-    model = prompted(zoo.causal(name))
-    expected = model.generate(**inputs, prompts=ROWS, **GREEDY)
-    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
-    compiling._compile_all_devices = True  # transformers compiles on a GPU only, unless told
-    options = dict(cache_implementation="static", compile_config=compiling, **GREEDY)
-    with mock.patch.object(torch, "compile", wraps=torch.compile) as compile_calls:
-        compiled = model.generate(**inputs, prompts=ROWS, **options)
-    assert compile_calls.called
-    assert compiled.tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
-def test_beams_equal_alone(name: str, inputs: dict[str, torch.Tensor]) -> None:
-    model = prompted(zoo.causal(name))
-    options = GREEDY | dict(num_beams=3, num_return_sequences=2)
-    mixed = model.generate(**inputs, prompts=ROWS, **options)
-    for b, row in enumerate(ROWS):
-        text = inputs["input_ids"][b : b + 1, inputs["attention_mask"][b].bool()]
-        alone = model.generate(input_ids=text, attention_mask=torch.ones_like(text), prompts=[row], **options)
-        assert mixed[2 * b : 2 * b + 2, -10:].tolist() == alone[:, -10:].tolist()
-
-
-@pytest.mark.parametrize("name", ["t5", "bart", "m2m_100"])
-def test_beams_of_an_encoder_decoder(name: str) -> None:
-    model = prompted(zoo.seq2seq(name))
-    ids = torch.randint(3, zoo.VOCAB, (4, 9))
-    options = dict(max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None)
-    mixed = model.generate(input_ids=ids, prompts=ROWS, **options)
-    for b, row in enumerate(ROWS):
-        assert mixed[b].tolist() == model.generate(input_ids=ids[b : b + 1], prompts=[row], **options)[0].tolist()
-
-
-@pytest.mark.parametrize("assistant_prompted", [False, True])
-def test_assisted_generation_is_greedy_generation(assistant_prompted: bool) -> None:
-    model = prompted(zoo.causal("llama"))
-    ids = torch.randint(3, zoo.VOCAB, (1, 8))
-    assistant: Any = zoo.causal("llama", seed=4, num_hidden_layers=2, num_key_value_heads=4)
-    if assistant_prompted:
-        assistant = prompted(assistant)
-    for row in ("prefix", "embed", None):
-        expected = model.generate(input_ids=ids, prompts=[row], **GREEDY)
-        got = model.generate(input_ids=ids, prompts=[row], assistant_model=assistant, **GREEDY)
-        assert got.tolist() == expected.tolist()
-
-
-def test_sampling_is_reproducible(inputs: dict[str, torch.Tensor]) -> None:
-    model = prompted(zoo.causal("llama"))
-    options = GREEDY | dict(do_sample=True, temperature=0.8, top_p=0.9)
-    torch.manual_seed(3)
-    first = model.generate(**inputs, prompts=ROWS, **options)
-    torch.manual_seed(3)
-    assert model.generate(**inputs, prompts=ROWS, **options).tolist() == first.tolist()
-
-
-def test_no_cache_and_stepwise_cache_agree(inputs: dict[str, torch.Tensor]) -> None:
-    model = prompted(zoo.causal("llama"))
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    with torch.no_grad():
-        whole = model(**inputs, prompts=ROWS, use_cache=False).logits
-        cache = DynamicCache()
-        first = model(input_ids=ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache, prompts=ROWS)
-        assert cache.get_seq_length() == 7  # own tokens only
-        rest = model(input_ids=ids[:, 7:], attention_mask=mask, past_key_values=cache, prompts=ROWS)
-    steps = torch.cat([first.logits, rest.logits], dim=1)
-    real = mask.bool()
-    torch.testing.assert_close(steps[real], whole[real], rtol=1e-4, atol=1e-5)
+    return padded()
 
 
 def targets(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -196,71 +91,6 @@ def test_cast_and_move_keep_prompts_float32() -> None:
     assert all(p.dtype == torch.float32 for p in model.library.parameters())
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[5, 6, 7]]), prompts="prefix").logits.dtype == torch.bfloat16
-
-
-def explicit_past(backbone: Any, prefix: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of one row with the prefix handed over as ordinary past keys and values."""
-    cache = DynamicCache()
-    for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        cache.update(k[None].to(backbone.dtype), v[None].to(backbone.dtype), layer)
-    return backbone(input_ids=ids, past_key_values=cache).logits[0]
-
-
-def with_lora(live: bool) -> Any:
-    import peft
-
-    model = peft.get_peft_model(
-        zoo.causal("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0.0, 0.3)
-    return model.get_base_model() if live else model.merge_and_unload()
-
-
-def quantised() -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = zoo.causal("llama", hidden_size=64, intermediate_size=128)
-    quantize_(model, Int8WeightOnlyConfig())
-    return model
-
-
-def dispatched() -> Any:
-    import accelerate
-
-    return accelerate.dispatch_model(zoo.causal("llama"), {"": "cpu"}, main_device="cpu", force_hooks=True)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: with_lora(live=True),
-        lambda: with_lora(live=False),
-        quantised,
-        dispatched,
-        lambda: zoo.causal("llama").bfloat16(),
-    ],
-    ids=["live_lora", "merged_lora", "torchao_int8", "device_map", "bf16"],
-)
-def test_prompts_on_a_backbone_that_carries_something(make: Any) -> None:
-    backbone = make().eval()
-    untouched = copy.deepcopy(backbone)
-    model = prompted(backbone)
-    ids = torch.randint(3, zoo.VOCAB, (3, 11))
-    rows = ["prefix", None, "embed"]
-    with torch.no_grad():
-        mixed = model(input_ids=ids, attention_mask=torch.ones_like(ids), prompts=rows).logits
-        expected = [
-            explicit_past(untouched, model.library["prefix"](), ids[:1]),
-            untouched(input_ids=ids[1:2]).logits[0],
-            explicit_past(untouched, model._info.compile([model.library["embed"]()])[0], ids[2:]),
-        ]
-    tolerance = 1e-5 if backbone.dtype == torch.float32 else 4 * torch.finfo(backbone.dtype).eps
-    for got, want in zip(mixed, expected, strict=True):
-        assert (got - want).abs().max() <= tolerance * want.abs().max()
-    assert model.generate(input_ids=ids, prompts=rows, **GREEDY).shape == (3, 21)
 
 
 def test_bare_calls_are_the_backbone_itself(inputs: dict[str, torch.Tensor]) -> None:

@@ -133,6 +133,18 @@ def test_a_model_without_a_tokenizer() -> None:
     assert "tokenizer" in problems(fp.PromptedModel(zoo.causal("llama")), [cases.job("p_tuning")])[0]
 
 
+def test_a_backbone_that_reads_no_tokens() -> None:
+    import transformers
+
+    sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes |= dict(d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=zoo.VOCAB, num_mel_bins=4)
+    config = transformers.WhisperConfig(
+        max_source_positions=10, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **sizes
+    )
+    with pytest.raises(fp.FastPromptError, match="WhisperForConditionalGeneration, which reads input_features"):
+        fp.PromptedModel(transformers.WhisperForConditionalGeneration(config))
+
+
 def test_no_jobs() -> None:
     assert "jobs is empty" in problems(cases.causal(), [])[0]
 

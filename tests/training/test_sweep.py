@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 import torch
 
 import fastprompt as fp
-from fastprompt import store
+from fastprompt import demo, store
 from fastprompt.errors import ArgumentError, TrainingError, UnsupportedError
 from fastprompt.training import Job
 from fastprompt.training.sweep import run as sweep_run
@@ -16,6 +17,7 @@ from fastprompt.training.sweep.candidates import expand
 from fastprompt.training.sweep.journal import Journal
 from fastprompt.training.tasks import CausalLM
 
+WEIGHTS = {"name": "a", "weights": "00"}
 SPACE = {"num_virtual_tokens": [1, 2, 3], "learning_rate": [0.01, 0.1]}
 
 
@@ -93,6 +95,30 @@ def test_a_folder_of_another_sweep_is_left_alone(model, job, tmp_path):
     assert (tmp_path / "sweep.jsonl").read_bytes() == before
 
 
+def test_a_sweep_goes_on_over_its_own_backbone_only(model, job, tmp_path):
+    fp.sweep(model, [job], {"learning_rate": [0.1]}, output_dir=tmp_path, max_prompts_per_run=1)
+    other = fp.PromptedModel(demo.backbone(), demo.tokenizer())
+    with torch.no_grad():
+        other.backbone.model.norm.weight.mul_(1.01)
+    with pytest.raises(TrainingError, match="another sweep: it was trained on the backbone"):
+        fp.sweep(other, [job], {"learning_rate": [0.1]}, output_dir=tmp_path, resume=True)
+
+
+def test_settings_that_differ_in_the_seed_have_a_mean_and_a_spread(model, job, tmp_path):
+    space = {"num_virtual_tokens": [1, 2], "seed": [0, 1, 2]}
+    found = fp.sweep(model, [job], space, output_dir=tmp_path, max_prompts_per_run=6)
+    assert [line["values"] for line in found.seeds] == [{"num_virtual_tokens": 1}, {"num_virtual_tokens": 2}]
+    for line, results in zip(found.seeds, (found.results[:3], found.results[3:]), strict=True):
+        scores = [result["best_score"] for result in results]
+        assert line["mean"] == pytest.approx(statistics.fmean(scores))
+        assert line["spread"] == pytest.approx(statistics.stdev(scores)) and line["spread"] > 0
+        assert (line["candidates"], line["seeds"], line["scored"]) == ([r["name"] for r in results], [0, 1, 2], 3)
+    written = (tmp_path / "sweep.jsonl").read_bytes()
+    assert lines(tmp_path)[-1] == {"kind": "seeds", "settings": found.seeds}
+    again = fp.sweep(model, [job], space, output_dir=tmp_path, max_prompts_per_run=6, resume=True)
+    assert again == found and (tmp_path / "sweep.jsonl").read_bytes() == written
+
+
 def test_what_cannot_be_swept_is_refused_before_anything_is_written(model, job, tmp_path, monkeypatch):
     blind = Job(**{**vars(job), "validation": None})
     with pytest.raises(TrainingError, match="validation is None"):
@@ -107,12 +133,12 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_written(model, job, 
 
 def test_a_journal_without_an_end_is_read_to_its_last_line(job, tmp_path):
     candidates = expand([job], {"learning_rate": [0.1]})
-    journal = Journal.open(tmp_path, candidates, resume=False, overwrite=False)
+    journal = Journal.open(tmp_path, candidates, WEIGHTS, resume=False, overwrite=False)
     journal.write("run", run=0, candidates=["capital-0"])
     whole = journal.path.read_bytes()
     for cut in range(1, 20):
         journal.path.write_bytes(whole[:-cut])
-        again = Journal.open(tmp_path, candidates, resume=True, overwrite=False)
+        again = Journal.open(tmp_path, candidates, WEIGHTS, resume=True, overwrite=False)
         assert [line["kind"] for line in again.lines] == ["sweep"]
         assert journal.path.read_bytes().endswith(b"}\n")
 

@@ -60,6 +60,23 @@ def test_a_config_gives_every_prompt_its_candidates(write):
     assert (deep.config.hidden_size, deep.config.reparameterization, deep.table.learning_rate) == (8, "mlp", 0.01)
 
 
+@pytest.mark.parametrize("methods", ['["prompt_tuning", "p_tuning"]', '["p_tuning", "prompt_tuning"]'])
+def test_defaults_are_for_every_method_of_the_space_that_has_them(write, methods):
+    text = (
+        CONFIG.replace("hidden_size = 16\n", "")
+        .replace('method = "p_tuning_v2"\nreparameterization = "mlp"\nhidden_size = 8\n', "")
+        .replace("num_virtual_tokens = [1, 2]\n", "")
+        .replace('["prompt_tuning", "prefix_tuning"]', methods)
+        .replace("[defaults]", '[defaults]\nnum_virtual_tokens = 3\ntemplate = "{2} {text} {1}"\nencoder = "mlp"')
+    )
+    found = load_config(write(text), sweep=True).candidates
+    assert len(found) == 8
+    for *_, entry in found:
+        placed = entry.config.method == "p_tuning"
+        assert (entry.template is not None) == placed and getattr(entry.config, "in_place", False) == placed
+        assert entry.config.num_virtual_tokens == 3 and getattr(entry.config, "encoder", "mlp") == "mlp"
+
+
 def test_a_config_is_swept(write, tmp_path):
     text = CONFIG.replace("hidden_size = 16\n", "").replace(
         'method = ["prompt_tuning", "prefix_tuning"]', 'method = ["prompt_tuning"]'

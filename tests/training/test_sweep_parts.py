@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from fastprompt import PTuning
 from fastprompt.errors import ArgumentError, TrainingError
 from fastprompt.training import Job, Range
 from fastprompt.training.stopping import JobState
 from fastprompt.training.sweep import packing
 from fastprompt.training.sweep.candidates import Candidate, expand
 from fastprompt.training.sweep.halving import Halving, Ranking
+from fastprompt.training.sweep.plot import plot
+from fastprompt.training.sweep.seeds import over_seeds
 from fastprompt.training.sweep.space import combinations
+from fastprompt.training.template import Template
 
 
 def state(name, best, step):
@@ -84,6 +90,58 @@ def test_every_impossible_combination_is_named(job):
     assert len(caught.value.problems) == 3  # all but the one that is possible
     with pytest.raises(TrainingError, match="space has"):
         expand([job], {"lerning_rate": [1]})
+
+
+def test_a_template_is_for_candidates_whose_tokens_stand_in_place(job):
+    placed = PTuning(num_virtual_tokens=3, in_place=True)
+    given = Job(**{**vars(job), "config": placed, "template": Template("{1} {text} {2}")})
+    found = expand([given], {"method": ["prompt_tuning", "p_tuning"]})
+    assert [c.job.template is None for c in found] == [True, False]
+
+
+def result(name, score, stopped="finished", **values):
+    return {
+        "name": name, "base": "a", "values": values, "method": "p_tuning", "metric": "f1", "trained_parameters": 10,
+        "best_score": score, "stopped": stopped,
+    }  # fmt: skip
+
+
+def test_seeds_are_grouped_by_everything_else():
+    assert over_seeds([result("x", 1.0, layers=[-1])]) == []
+    one, two = over_seeds(
+        [
+            result("a", 0.25, layers=[-1], seed=0),
+            result("b", 0.5, layers=None, seed=0),
+            result("c", 0.75, layers=[-1], seed=4, stopped="pruned"),
+            result("d", None, layers=None, seed=4, stopped="diverged"),
+        ]
+    )
+    assert (one["candidates"], one["seeds"], one["pruned"]) == (["a", "c"], [0, 4], 1)
+    assert (one["mean"], one["spread"]) == (0.5, pytest.approx(math.sqrt(0.125)))
+    assert (two["values"], two["scored"], two["mean"], two["spread"]) == ({"layers": None}, 1, 0.5, None)
+
+
+def test_the_plot_has_a_bar_for_settings_of_several_seeds(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda panel, *points, **style: drawn.append((points, style)))
+    results = [result(str(seed), seed / 4, seed=seed) for seed in range(3)] + [result("alone", 0.5, layers=1, seed=0)]
+    plot(results, tmp_path / "sweep.svg")
+    (((trained, means), style),) = drawn
+    assert (trained, means, style["yerr"]) == ([10], [0.25], [0.25])
+
+
+def test_the_command_shows_means_over_seeds(capsys, monkeypatch):
+    results = [result(f"r{i}{seed}", i + seed / 4, layers=i, seed=seed) for i in (0, 1) for seed in (0, 1)]
+    results = [line | {"steps": 3} for line in results]
+    command = importlib.import_module("fastprompt.cli.sweep")  # the package has the command under this name
+    monkeypatch.setattr(command, "console", Console(width=120))
+    command._render({"best": {"a": results[-1]}, "results": results, "seeds": over_seeds(results), "output": "out"})
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown[shown.index("f1 over seeds") :].splitlines()]
+    assert ["1.125", "0.18", "2", "10", "layers=1"] in rows
+    assert rows.index(next(r for r in rows if r[:1] == ["1.125"])) < rows.index(
+        next(r for r in rows if r[:1] == ["0.125"])
+    )
 
 
 # halving -----------------------------------------------------------------------------------------------------------

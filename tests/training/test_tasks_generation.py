@@ -109,7 +109,7 @@ def test_problems_of_the_setup(model, monkeypatch):
     ]
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     (said,) = problems(Generation(bleu=True), EXAMPLES, context(TOKENIZER, model.backbone))
-    assert "pip install sacrebleu" in said
+    assert "sacrebleu" in said and "pip install 'fastprompt[train]'" in said
     for wrong in (dict(truncate="left"), dict(max_new_tokens=0), dict(beams=0)):
         with pytest.raises(ArgumentError, match=next(iter(wrong))):
             Generation(**wrong)

@@ -118,6 +118,11 @@ def _relative_bias(module: Any, biased: Sequence[Any]) -> RelativeBias:
 
 
 def _without_interface(model: Any, why_not: str) -> Backbone:
+    if model.main_input_name != "input_ids":
+        raise UnsupportedError(
+            f"backbone is {type(model).__name__}, which reads {model.main_input_name}, expected one that reads token "
+            "ids (input_ids): prompts stand before text"
+        )
     if model.config.is_encoder_decoder:
         raise UnsupportedError(f"{model.config.model_type}: {why_not}, and no other path exists for encoder-decoders")
     cache = DynamicCache()

@@ -12,16 +12,16 @@ from fastprompt.training.config.problems import Problems
 from fastprompt.training.config.prompts import PromptEntry
 from fastprompt.training.config.run_config import RunConfig
 from fastprompt.training.job import Job
+from fastprompt.training.padding import embeddings
 from fastprompt.training.tasks.base import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-EMBEDDED = "embedded"
 JOB_KEYS = (
     "name", "learning_rate", "weight_decay", "schedule", "warmup", "head_learning_rate", "batch_size", "epochs",
-    "steps", "max_grad_norm", "evaluate_every", "patience", "metric", "seed", "shares",
+    "steps", "max_grad_norm", "evaluate_every", "patience", "metric", "seed", "shares", "max_length",
 )  # fmt: skip
 
 
@@ -36,6 +36,8 @@ class Examples:
 def load_backbone(config: RunConfig, **changes: Any) -> tuple[PreTrainedModel, Any]:
     """A new backbone of the class that the tasks need, and its tokenizer; `changes` go to `from_pretrained`.
 
+    Weights that the backbone's files lack are drawn from torch's generator: seed it.
+
     Errors: ConfigError at `run.backbone` or `run.tokenizer`.
     """
     import torch
@@ -44,22 +46,22 @@ def load_backbone(config: RunConfig, **changes: Any) -> tuple[PreTrainedModel, A
     from fastprompt import demo
 
     run, problems = config.run, config.problems()
-    path = str(demo.ASSETS) if run.backbone == EMBEDDED else config.resolved(run.backbone)
+    path = str(demo.ASSETS) if run.backbone == demo.EMBEDDED else config.resolved(run.backbone)
     options: dict[str, Any] = {"dtype": getattr(torch, run.dtype)}
     if run.attention is not None:
         options["attn_implementation"] = run.attention
     options |= changes
     auto_class = getattr(transformers, config.prompts[0].task.auto_class)
     backbone = tokenizer = None
-    with _quiet(), _reported(problems, "backbone", f"a folder, an id on the hub, or {EMBEDDED}"):
+    with _quiet(), _reported(problems, "backbone", f"a folder, an id on the hub, or {demo.EMBEDDED}"):
         backbone = auto_class.from_pretrained(path, **options).eval()
     named = "backbone" if run.tokenizer is None else "tokenizer"
     with _reported(problems, named, "a folder or an id on the hub that has a tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.resolved(run.tokenizer or path))
     problems.raise_all()
     assert backbone is not None and tokenizer is not None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= embeddings(backbone):
+        tokenizer.pad_token = tokenizer.eos_token  # some tokenizers add a padding token that the backbone lacks
     if backbone.config.pad_token_id is None:
         backbone.config.pad_token_id = tokenizer.pad_token_id
     return backbone, tokenizer

@@ -44,19 +44,27 @@ class PromptEntry:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a prompt of the file came from: its merged values, and the way back to the keys of the document."""
+    """Where a prompt of the file came from: its merged values, and the way back to the keys of the document.
+
+    `all_values` has those defaults too that its method has no place for: in a sweep another method may have one.
+    """
 
     values: Mapping[str, Any]
+    all_values: Mapping[str, Any]
     origin: Callable[[KeyPath], KeyPath]
 
 
 def merged(defaults: Values, own: Values) -> dict[str, Any]:
     """A prompt's values over the defaults; a default that its method or task does not have is left out."""
-    both = {**defaults, **own}
+    both = all_merged(defaults, own)
     fits = fitting(both.get("method")) if "shares" not in own else COMMON - {"method", "init_from"}
-    if {"epochs", "steps"} & set(own):
-        fits -= {"epochs", "steps"}  # how long is said in one way
-    values = {key: value for key, value in both.items() if key in own or key in fits}
+    return {key: value for key, value in both.items() if key in own or key in fits}
+
+
+def all_merged(defaults: Values, own: Values) -> dict[str, Any]:
+    """A prompt's values over the defaults, whatever its method; a default that its task does not have is left out."""
+    said = {"epochs", "steps"} if {"epochs", "steps"} & set(own) else set()  # how long is said in one way
+    values = {key: value for key, value in {**defaults, **own}.items() if key in own or key not in said}
     for part in ("task", "data"):
         if isinstance(defaults.get(part), dict) and isinstance(own.get(part, {}), dict):
             values[part] = {**defaults[part], **own.get(part, {})}

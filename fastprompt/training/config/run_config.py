@@ -15,7 +15,15 @@ from fastprompt.training.config.document import Document, read_document
 from fastprompt.training.config.fields import with_nulls
 from fastprompt.training.config.locate import KeyPath
 from fastprompt.training.config.problems import Problems, checked, near, shown, unknown
-from fastprompt.training.config.prompts import PromptEntry, Source, check_defaults, merged, origin_of, prompt_entry
+from fastprompt.training.config.prompts import (
+    PromptEntry,
+    Source,
+    all_merged,
+    check_defaults,
+    merged,
+    origin_of,
+    prompt_entry,
+)
 from fastprompt.training.config.sweeps import Swept, swept_entries
 from fastprompt.training.config.tables import ComparatorTable, RunTable, SweepTable, Table
 
@@ -123,7 +131,8 @@ def _sources(values: Mapping[str, Any], problems: Problems, first: Mapping[str, 
     sources = []
     for i, own in enumerate(tables):
         origin = origin_of(defaults, own, ("prompt", i))
-        sources.append(Source(merged(known, own), partial(_origin, origin, set(first) - set(own))))
+        back = partial(_origin, origin, set(first) - set(own))
+        sources.append(Source(merged(known, own), all_merged(known, own), back))
     return sources
 
 

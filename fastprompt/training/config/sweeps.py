@@ -32,7 +32,7 @@ def _of_prompt(index: int, source: Source, sweep: SweepTable, axes: Axes, proble
     chosen = combinations(axes, search=sweep.search, candidates=sweep.candidates or 16, seed=f"{sweep.seed}/{base}")
     seen: set[str] = set()
     for values in chosen:
-        both = _with(source.values, values)
+        both = _with(source.all_values, values)
         made = prompt_entry({**both, "name": f"{base}-{len(seen)}"}, problems.below(_origin(source, values)))
         key = repr((made and made.config, both))
         if made is not None and key not in seen:

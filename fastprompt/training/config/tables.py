@@ -99,6 +99,11 @@ class PromptTable(Table):
     template: Name | None = Field(
         None, description="P-Tuning: where virtual tokens stand, such as `{3} [MASK] {3} {subject} {3}`"
     )
+    max_length: Count | None = Field(
+        None,
+        description="tokens of a text, special ones counted, its answer and virtual tokens not; a longer one is cut at "
+        "its end, or as the task's `truncate` says; none: only the backbone's positions bound it",
+    )
     task: Space = Field({}, description="what it learns; see Tasks")
     data: Space = Field({}, description="from which examples; see Data")
 

@@ -81,6 +81,8 @@ def _changed(job: Job, values: Mapping[str, Any]) -> tuple[Job, dict[str, Any]]:
     for length, other in (("epochs", "steps"), ("steps", "epochs")):
         if length in changes:
             changes.setdefault(other, None)
+    if "in_place" not in of_method:
+        changes["template"] = None  # it says where virtual tokens stand, and theirs stand before the text
     kept = {k: v for k, v in values.items() if k in of_method or k in own or k == "method"}
     return replace(job, config=METHODS[method].from_dict(config), **changes), kept
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastprompt.errors import TrainingError
-from fastprompt.training.files import append_line, read_lines
+from fastprompt.training.files import append_line, json_types, read_lines
+from fastprompt.training.fingerprint import other_backbone
 from fastprompt.training.sweep.candidates import Candidate
 
 NAME = "sweep.jsonl"
-SWEEP, MEMORY, RUN, EVALUATION, CANDIDATE = "sweep", "memory", "run", "evaluation", "candidate"
+SWEEP, MEMORY, RUN, EVALUATION, CANDIDATE, SEEDS = "sweep", "memory", "run", "evaluation", "candidate", "seeds"
 
 
 @dataclass
@@ -24,11 +25,13 @@ class Journal:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     @staticmethod
-    def open(folder: Path, candidates: Sequence[Candidate], *, resume: bool, overwrite: bool) -> Journal:
-        """The journal of these candidates in a folder, begun or taken up again.
+    def open(
+        folder: Path, candidates: Sequence[Candidate], backbone: Mapping[str, str], *, resume: bool, overwrite: bool
+    ) -> Journal:
+        """The journal of these candidates in a folder, begun or taken up again; `backbone` is its `fingerprint`.
 
         Errors: TrainingError if the folder holds a sweep and neither `resume` nor `overwrite` is given, or another
-        sweep than this one.
+        sweep than this one, or one over another backbone.
         """
         path = folder / NAME
         if overwrite:
@@ -37,18 +40,20 @@ class Journal:
         digest = _digest(candidates)
         if not journal.lines:
             listed = [{"name": c.name, "base": c.base, "values": dict(c.values)} for c in candidates]
-            journal.write(SWEEP, digest=digest, candidates=listed)
+            journal.write(SWEEP, digest=digest, backbone=backbone, candidates=listed)
         elif not resume:
             raise TrainingError([f"{path} holds a sweep already: pass resume or overwrite, or another output folder"])
         elif journal.lines[0].get("digest") != digest:
             raise TrainingError(
                 [f"{path} is of another sweep (other candidates or data): choose another output folder"]
             )
+        elif other := other_backbone(journal.lines[0]["backbone"], backbone):
+            raise TrainingError([f"{path} is of another sweep: {other}; choose another output folder"])
         return journal
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append a line."""
-        line = {"kind": kind, **fields}
+        line = json_types({"kind": kind, **fields})  # what a later reader finds
         append_line(self.path, line)
         self.lines.append(line)
 

@@ -14,6 +14,7 @@ import torch
 
 from fastprompt.errors import ArgumentError
 from fastprompt.model import PromptedModel
+from fastprompt.training.items import make_items
 from fastprompt.training.job import Job
 from fastprompt.training.run import train
 from fastprompt.training.sweep.candidates import Candidate
@@ -99,7 +100,7 @@ def _kilobytes(path: Path, name: str) -> int:
 def _peak(model: PromptedModel, jobs: Sequence[Job], options: Mapping[str, Any]) -> int | None:
     """The peak of one step of these jobs, on the longest of their examples."""
     changes: dict[str, Any] = {"validation": None, "patience": None, "epochs": None, "steps": 1}
-    once = [replace(job, name=f"{job.name} measured", train=_longest(job), **changes) for job in jobs]
+    once = [replace(job, name=f"{job.name} measured", train=_longest(model, job), **changes) for job in jobs]
     try:
         return train(model, once, **options).peak_memory
     finally:
@@ -108,11 +109,12 @@ def _peak(model: PromptedModel, jobs: Sequence[Job], options: Mapping[str, Any])
                 model.remove_prompt(job.name)
 
 
-def _longest(job: Job) -> Any:
-    """The examples of a batch that hold the most text."""
+def _longest(model: PromptedModel, job: Job) -> Any:
+    """The examples of a batch that have the most tokens, of those that train."""
+    (items, _), _ = make_items(model, job)
+    order = sorted(items, key=lambda item: -sum(len(row.input_ids) for row in item.rows))
     examples: Any = job.train
-    order = sorted(range(len(examples)), key=lambda i: -sum(len(str(value)) for value in examples[i].values()))
-    return examples.select(order[: job.batch_size])
+    return examples.select([item.example for item in order[: job.batch_size]])
 
 
 def _cost(candidate: Candidate) -> int:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fastprompt.errors import UnsupportedError
+from fastprompt.training.sweep.seeds import over_seeds
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Draw the results of a sweep, a panel a prompt, a colour a method; dropped candidates are hollow.
+
+    Settings that were tried with several seeds have a bar: their mean, and one standard deviation to either side.
 
     Errors: UnsupportedError without matplotlib (`pip install 'fastprompt[plot]'`).
     """
@@ -28,7 +31,9 @@ def plot(results: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     for panel, base in zip(panels, bases, strict=False):
         mine = [result for result in scored if result["base"] == base]
         for number, method in enumerate(methods):
-            _points(panel, [result for result in mine if result["method"] == method], f"C{number}", method)
+            chosen = [result for result in mine if result["method"] == method]
+            _points(panel, chosen, f"C{number}", method)
+            _bars(panel, over_seeds(chosen), f"C{number}")
         panel.set(title=base, xlabel="trained parameters", ylabel=mine[0]["metric"], xscale="log")
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
@@ -49,3 +54,18 @@ def _points(panel: Any, results: Sequence[Mapping[str, Any]], colour: str, label
                 facecolors="none" if pruned else colour,
                 label=f"{label} (dropped)" if pruned else label,
             )
+
+
+def _bars(panel: Any, settings: Sequence[Mapping[str, Any]], colour: str) -> None:
+    """Mean and spread of settings that have several scores."""
+    several = [setting for setting in settings if setting["spread"] is not None]
+    if several:
+        panel.errorbar(
+            [setting["trained_parameters"] for setting in several],
+            [setting["mean"] for setting in several],
+            yerr=[setting["spread"] for setting in several],
+            fmt="_",
+            markersize=12,
+            capsize=3,
+            color=colour,
+        )

@@ -14,7 +14,9 @@ from fastprompt.errors import TrainingError, UnsupportedError
 from fastprompt.model import PromptedModel
 from fastprompt.prompts.base import check_int
 from fastprompt.training import prepare
-from fastprompt.training.items import made_once
+from fastprompt.training.files import json_types
+from fastprompt.training.fingerprint import fingerprint
+from fastprompt.training.items import counted, made_once
 from fastprompt.training.job import Job
 from fastprompt.training.result import JobResult, Progress
 from fastprompt.training.run import train
@@ -23,6 +25,7 @@ from fastprompt.training.sweep.candidates import Candidate, expand, named
 from fastprompt.training.sweep.halving import Halving, Ranking
 from fastprompt.training.sweep.journal import Journal
 from fastprompt.training.sweep.packing import measure, packs
+from fastprompt.training.sweep.seeds import over_seeds
 from fastprompt.training.sweep.space import Range
 
 BEST = "best"
@@ -44,11 +47,15 @@ SweepListener = Callable[[SweepProgress], None]
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found: a result for every candidate, in order; and by prompt the best of them."""
+    """What a sweep found: a result for every candidate, in order; and by prompt the best of them.
+
+    `seeds` has the mean and the spread of settings that differ in the seed only, as `over_seeds` gives them.
+    """
 
     output: Path
     results: list[dict[str, Any]]
     best: dict[str, dict[str, Any]]
+    seeds: list[dict[str, Any]]
 
 
 def sweep(
@@ -120,8 +127,9 @@ def run_candidates(
         check_int("max_prompts_per_run", max_prompts_per_run, 1)
     with made_once():
         check_candidates(model, candidates, options)
-        ready = [replace(c, job=halving.prepared(c.job)) for c in candidates]
-        journal = Journal.open(output, ready, resume=resume, overwrite=overwrite)
+        ready = [replace(c, job=halving.prepared(counted(model, c.job))) for c in candidates]
+        backbone = fingerprint(model.backbone)
+        journal = Journal.open(output, ready, backbone, resume=resume, overwrite=overwrite)
         running = _Runs(model, named(ready), journal, halving, listen, dict(options))
         began = list(journals.unfinished(journal))
         begun = {name for line in journal.of(journals.RUN) for name in line["candidates"]}
@@ -131,13 +139,19 @@ def run_candidates(
         fresh = [(number + i, [c.name for c in pack]) for i, pack in enumerate(packs(left, size))]
         for i, (run, names) in enumerate([*began, *fresh]):
             running.train(run, names, i, len(began) + len(fresh))
-    results = journal.results()
-    bases = dict.fromkeys(c.base for c in ready)
-    return SweepResult(
-        output,
-        [results[c.name] for c in ready],
-        {base: best for base in bases if (best := journal.best(base)) is not None},
-    )
+    return _found(output, ready, journal)
+
+
+def _found(output: Path, candidates: Sequence[Candidate], journal: Journal) -> SweepResult:
+    """What the journal of a sweep that is done says; its last line tells of settings tried with several seeds."""
+    known = journal.results()
+    results = [known[c.name] for c in candidates]
+    seeds = over_seeds(results)
+    if seeds and not journal.of(journals.SEEDS):
+        journal.write(journals.SEEDS, settings=seeds)
+    bases = dict.fromkeys(c.base for c in candidates)
+    best = {base: best for base in bases if (best := journal.best(base)) is not None}
+    return SweepResult(output, results, best, seeds)
 
 
 def check_candidates(model: PromptedModel, candidates: Sequence[Candidate], options: Mapping[str, Any]) -> None:
@@ -241,7 +255,7 @@ class _Runs:
         }
         former = self.journal.best(candidate.base)
         if result.best_score is not None and (former is None or result.best_score > former["best_score"]):
-            prompt.record = {"sweep": record}
+            prompt.record = {"sweep": json_types(record)}
             self.model.save_prompt(candidate.name, self.journal.path.parent / BEST / candidate.base, overwrite=True)
         self.journal.write(journals.CANDIDATE, **record)
         self.model.remove_prompt(candidate.name)

@@ -60,7 +60,7 @@ class TaskContext:
 
     `max_length` is the number of text tokens that fit behind the prompt; None where positions are unbounded.
     `template` is the `Template` of an in-place prompt, whose rows hold the virtual tokens among their own.
-    `decoder_start_token_id` is an encoder-decoder's.
+    `decoder_start_token_id` is an encoder-decoder's. `longest_text` is the job's own bound on a text, its `max_length`.
     """
 
     tokenizer: Any
@@ -69,6 +69,7 @@ class TaskContext:
     max_length: int | None = None
     template: Any = None
     decoder_start_token_id: int | None = None
+    longest_text: int | None = None
     _made: dict[tuple[int, str], tuple[object, Any]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -85,7 +86,25 @@ class TaskContext:
         """The longest `input_ids` that the backbone has positions for; None where they are unbounded."""
         if self.max_length is None:
             return None
-        return self.max_length + (self.prompt_length if self.template is not None else 0)
+        return self.max_length + self._placed
+
+    def room(self, behind: int = 0) -> int | None:
+        """The most ids that a text may have before `behind` others, virtual tokens in place counted; None: no bound."""
+        bounds = []
+        if self.longest_row is not None:
+            bounds.append(self.longest_row - behind)
+        if self.longest_text is not None:
+            bounds.append(self.longest_text + self._placed)
+        return min(bounds, default=None)
+
+    def side(self, truncate: str | None) -> str | None:
+        """Where a text that is too long is cut: where the task says, or at its end if the job bounds texts."""
+        return "end" if truncate is None and self.longest_text is not None else truncate
+
+    @property
+    def _placed(self) -> int:
+        """Virtual tokens among a row's own ids."""
+        return self.prompt_length if self.template is not None else 0
 
 
 @dataclass(frozen=True)
@@ -216,6 +235,12 @@ class Task(ABC):
         for row in rows:
             if not row.input_ids:
                 raise ExampleError("its text has no tokens")
+            beyond = max(*row.input_ids, *(row.decoder_input_ids or ()), 0)
+            if beyond >= context.spec.vocab_size:
+                raise ExampleError(
+                    f"it has token {beyond}, and the backbone embeddings for tokens below {context.spec.vocab_size}: "
+                    "give the backbone its own tokenizer, or embeddings for added tokens with resize_token_embeddings"
+                )
             needed = self.positions(row)
             if room is not None and needed > room:
                 raise ExampleError(

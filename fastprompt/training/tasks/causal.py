@@ -61,8 +61,7 @@ class CausalLM(Task):
 
     def encode(self, example: Mapping[str, Any], context: TaskContext) -> tuple[Features, ...]:
         wanted = self._target(example, context)
-        room = None if context.longest_row is None else context.longest_row - self._room_behind(wanted)
-        given = self._text(example, context, room)
+        given = self._text(example, context, context.room(self._room_behind(wanted)))
         return (Features(given + wanted, [IGNORED] * len(given) + wanted),)
 
     def losses(self, output: Any, batch: TaskBatch) -> torch.Tensor:
@@ -95,20 +94,24 @@ class CausalLM(Task):
 
     def _text(self, example: Mapping[str, Any], context: TaskContext, room: int | None) -> list[int]:
         """The ids before the target, at most `room` of them if cutting is allowed."""
-        tokenizer = context.tokenizer
+        tokenizer, side = context.tokenizer, context.side(self.truncate)
         if context.template is not None:
             fields = {name: text_of(example, name) for name in context.template.columns}
-            limit = None if self.truncate is None else room
-            return context.template.encode(tokenizer, fields, limit, self.truncate, closing=False)
+            return context.template.encode(tokenizer, fields, None if side is None else room, side, closing=False)
         ids = list(tokenizer(text_of(example, "text", empty=True), add_special_tokens=False)["input_ids"])
         start = context.once(self, "opening", lambda: opening(tokenizer))
         if not start and not ids:
             start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-        if self.truncate is not None and room is not None and len(start) + len(ids) > room:
+        if side is not None and room is not None and len(start) + len(ids) > room:
             if room <= len(start):
-                raise ExampleError(f"its target leaves no room for its text in {context.longest_row} positions")
-            ids = cut(ids, room - len(start), self.truncate)
+                raise ExampleError(self._no_room(context, room))
+            ids = cut(ids, room - len(start), side)
         return start + ids
+
+    def _no_room(self, context: TaskContext, room: int) -> str:
+        if context.longest_text == room:
+            return f"max_length is {room}, which the tokenizer's special tokens fill: raise it"
+        return f"its target leaves no room for its text in {context.longest_row} positions"
 
 
 def likelihood_scores(rows: Sequence[tuple[float, int, int]]) -> dict[str, float]:

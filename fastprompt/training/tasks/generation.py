@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastprompt.errors import FastPromptError
 from fastprompt.prompts.base import check_int
 from fastprompt.training import metrics
+from fastprompt.training.padding import pad_token_id
 from fastprompt.training.tasks.base import (
     IGNORED,
     Examples,
@@ -77,7 +78,7 @@ class Generation(CausalLM, GenerationTask):
             num_beams=self.beams,
             do_sample=False,
             eos_token_id=model.tokenizer.eos_token_id,
-            pad_token_id=_pad(model.tokenizer),
+            pad_token_id=pad_token_id(model),
         )
         texts = model.tokenizer.batch_decode(self._said(tokens, batch), skip_special_tokens=True)
         return [(text, *row) for text, row in zip(texts, known, strict=True)]
@@ -99,7 +100,7 @@ class Generation(CausalLM, GenerationTask):
         """The texts alone, `[R, N']`, padded on the right."""
         rows = [ids[: labels.count(IGNORED)] for ids, labels in zip(batch.input_ids, batch.labels, strict=True)]
         return {
-            "input_ids": pad_sequence(rows, batch_first=True, padding_value=_pad(model.tokenizer)),
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id(model)),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
         }
 
@@ -152,7 +153,3 @@ class Seq2SeqLM(Generation):
 
     def _said(self, tokens: torch.Tensor, batch: TaskBatch) -> torch.Tensor:
         return tokens
-
-
-def _pad(tokenizer: Any) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

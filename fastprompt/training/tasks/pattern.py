@@ -55,8 +55,9 @@ def encode(
     """
     template = context.template or _template(pattern if masked else pattern.partition(MASK)[0])
     fields = {name: text_of(example, name) for name in template.columns}
-    limit = None if truncate is None or context.longest_row is None else context.longest_row - behind
-    ids = template.encode(context.tokenizer, fields, limit, truncate, closing=masked)
+    side = context.side(truncate)
+    limit = None if side is None else context.room(behind)
+    ids = template.encode(context.tokenizer, fields, limit, side, closing=masked)
     return ids, template.mask_position(context.tokenizer, ids) if masked else len(ids) - 1
 
 

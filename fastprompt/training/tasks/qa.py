@@ -128,7 +128,8 @@ class QuestionAnswering(Task):
         tokenizer = context.tokenizer
         if tokenizer.sep_token_id is None:
             question += "\n"  # nothing else would part the two
-        room = self.window if context.max_length is None else min(self.window, context.max_length)
+        limit = context.room()
+        room = self.window if limit is None else min(self.window, limit)
         used = len(tokenizer(question, add_special_tokens=False)["input_ids"])
         used += tokenizer.num_special_tokens_to_add(pair=True)
         if used + self.stride >= room:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fastprompt.prompts.base import check_choice
 from fastprompt.training import metrics
-from fastprompt.training.tasks.base import Examples, Features, Item, Task, TaskBatch, TaskContext
+from fastprompt.training.tasks.base import ExampleError, Examples, Features, Item, Task, TaskBatch, TaskContext
 from fastprompt.training.tasks.reading import TRUNCATE, check_classes, class_of, text_of
 
 
@@ -66,14 +66,17 @@ class SequenceClassification(Task):
 
 
 def tokenized(context: TaskContext, texts: Sequence[str], labels: Any, truncate: str | None) -> Features:
-    """A row of one text or a pair, with the tokenizer's special tokens; cut to the backbone's positions if asked."""
-    tokenizer = context.tokenizer
+    """A row of one text or a pair, with the tokenizer's special tokens; cut to the room there is, if asked."""
+    tokenizer, side, room = context.tokenizer, context.side(truncate), context.room()
     encoded = tokenizer(*texts)
-    if truncate is not None and context.max_length is not None and len(encoded["input_ids"]) > context.max_length:
-        side = tokenizer.truncation_side
+    if side is not None and room is not None and len(encoded["input_ids"]) > room:
+        least = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1) + len(texts)
+        if room < least:
+            raise ExampleError(f"{room} tokens leave no room for its text, which needs {least} at least")
+        before = tokenizer.truncation_side
         try:
-            tokenizer.truncation_side = "right" if truncate == "end" else "left"
-            encoded = tokenizer(*texts, truncation=True, max_length=context.max_length)
+            tokenizer.truncation_side = "right" if side == "end" else "left"
+            encoded = tokenizer(*texts, truncation=True, max_length=room)
         finally:
-            tokenizer.truncation_side = side
+            tokenizer.truncation_side = before
     return Features(list(encoded["input_ids"]), labels, encoded.get("token_type_ids"))

@@ -76,10 +76,11 @@ class TokenClassification(Task):
             before = owner
         ids, types = list(encoded["input_ids"]), encoded.get("token_type_ids")
         keep: Sequence[int] = range(len(ids))
-        if self.truncate is not None and context.max_length is not None and len(ids) > context.max_length:
-            keep = _kept(owners, context.max_length)
+        room = None if context.side(self.truncate) is None else context.room()
+        if room is not None and len(ids) > room:
+            keep = _kept(owners, room)
             if all(labels[i] == IGNORED for i in keep):
-                raise ExampleError(f"{context.max_length} tokens leave no room for its first word")
+                raise ExampleError(f"{room} tokens leave no room for its first word")
         types = None if types is None else [types[i] for i in keep]
         return (Features([ids[i] for i in keep], [labels[i] for i in keep], types),)
 
