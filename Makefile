@@ -1,4 +1,4 @@
-# make demo | test | check | sanitize | dist-test | test-triton: each sets up everything it needs in .venv and may be repeated.
+# make demo | test | check | sanitize | dist-test | test-triton | test-full: each sets up everything it needs in .venv and may be repeated.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,9 @@ SANITIZE_ENV = LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
 # Not under sanitizers: memory that they keep for a while, and error bounds of code that they round differently.
 SANITIZE_TESTS := tests/ops tests/test_native.py tests/test_plan.py -k "(cpu or native or plan) and not memory_does_not_grow and not twice"
 
-.PHONY: help demo test check sanitize dist-test test-triton clean
+TRITON_TESTS = -m "not long"
+
+.PHONY: help demo test check sanitize dist-test test-triton test-full clean
 
 help:
 	@echo "make demo    install into $(VENV) and run the demo"
@@ -28,7 +30,8 @@ help:
 	@echo "make check   lint, formatting and types"
 	@echo "make sanitize   the kernels' tests with address and undefined-behaviour sanitizers"
 	@echo "make dist-test  wheel and sdist, built and tried in fresh environments, with and without a compiler"
-	@echo "make test-triton  the Triton kernels, interpreted and compiled without a GPU, in $(VENV)-triton"
+	@echo "make test-triton  the Triton kernels, interpreted and compiled without a GPU, in $(VENV)-triton; not the long tests"
+	@echo "make test-full  make test, and all tests of the Triton kernels"
 	@echo "make clean   remove $(VENV) and build leftovers"
 	@echo "PYTHON=$(PYTHON) makes the environment; it must be 3.10 or newer"
 
@@ -55,7 +58,10 @@ dist-test: $(VENV)/.installed-dev
 # In an environment of its own, which has Triton and what its interpreter needs.
 test-triton:
 	$(MAKE) VENV=$(VENV)-triton $(VENV)-triton/.installed-triton
-	$(TEST_ENV) $(VENV)-triton/bin/python -m pytest $(PYTEST_ARGS) tests/triton_kernels
+	$(TEST_ENV) $(VENV)-triton/bin/python -m pytest $(PYTEST_ARGS) $(TRITON_TESTS) tests/triton_kernels tests/bench/test_gpu_check_interpreted.py
+
+test-full: test
+	$(MAKE) test-triton TRITON_TESTS=
 
 clean:
 	rm -rf $(VENV) $(VENV)-triton build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -97,6 +97,11 @@ PYBIND11_MODULE(_native, m) {
         build_plan(start.index, length.index, capacity, static_cast<int32_t*>(borrow(packed).data));
       },
       "Fills an int32 vector of 4 * capacity + 1 numbers from int32 or int64 tensors or lists of ints.");
+  m.def("share_prefixes", [](py::handle lists, py::handle packed, const Numbers& queries, int64_t capacity,
+                             int64_t most, int64_t fewest, int64_t state_cost, int64_t least_saving) {
+    return share_prefixes(static_cast<const int32_t*>(borrow(packed).data), capacity, queries.index,
+                          {most, fewest, state_cost, least_saving}, static_cast<int32_t*>(borrow(lists).data));
+  });
 
   m.def("prefix_attention", forward_of(attention_call), released());
   m.def("prefix_attention_backward", backward_of(attention_call), released());

@@ -68,4 +68,29 @@ void build_plan(const Index& start, const Index& length, int64_t capacity, int32
   offsets[groups] = static_cast<int32_t>(rows);
 }
 
+bool share_prefixes(const int32_t* packed, int64_t capacity, const Index& queries, const SharingRules& rules,
+                    int32_t* lists) {
+  const int32_t *order = packed, *offsets = order + capacity, *lengths = offsets + 2 * capacity + 1;
+  int32_t* const tiles = lists + capacity;
+  int64_t saving = 0, used = 0;
+  std::vector<int32_t> members;
+  for (int64_t g = 0; g < capacity && lengths[g] > 0; ++g) {  // rows without a prompt are the last group
+    members.clear();
+    for (int32_t at = offsets[g]; at < offsets[g + 1]; ++at)
+      if (queries[order[at]] == 1) members.push_back(order[at]);
+    const int64_t count = members.size(), parts = (count + rules.most - 1) / rules.most;
+    const int64_t saved = lengths[g] * (count - parts) - rules.state_cost * count;
+    if (count < rules.fewest || saved <= 0) continue;
+    saving += saved;
+    for (int64_t part = 0; part < parts; ++part, ++used) {
+      const int64_t first = part * count / parts, end = (part + 1) * count / parts;
+      std::copy(members.begin() + first, members.begin() + end, tiles + used * rules.most);
+      for (int64_t i = first; i < end; ++i) lists[members[i]] = static_cast<int32_t>(used);
+    }
+  }
+  if (saving >= rules.least_saving) return true;
+  std::fill(lists, tiles + used * rules.most, -1);
+  return false;
+}
+
 }  // namespace fastprompt

@@ -21,14 +21,18 @@ from fastprompt import env, native
 from fastprompt.errors import ArgumentError, ImplementationError
 
 OPS = ("prefix_attention", "paged_prefix_attention", "embed_prompts", "merge_states", "grouped_linear")
-IMPLS = ("reference", "cpu", "triton", "cuda")
+IMPLS = ("reference", "cpu", "triton", "flash", "cuda")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # by device type, best first
 _NOT_BUILT = {
     "cpu": "there is no native kernel for it",
     "triton": "there is no Triton kernel for it, or it is not installed",
+    "flash": "flash-attn does not compute it",
     "cuda": "the native extension fastprompt._native is not installed with CUDA",
 }
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all but the reference, which takes float64 too
+_DTYPES = {"flash": (torch.bfloat16, torch.float16)}  # of implementations that take fewer
+_DEVICES = {"cpu": "cpu", "triton": "cuda", "flash": "cuda"}  # types of those that take one
+_LARGEST_HEAD = {"triton": 256, "flash": 256}
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,22 @@ def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def choose_for_heads(op: str, impl: str | None, device: torch.device, dtype: torch.dtype, *sizes: int) -> str:
+    """As `choose`, for attention with heads of these sizes: the reference where kernels take none so large.
+
+    Raises also `ImplementationError` where one that does not take them was asked for.
+    """
+    chosen = choose(op, impl, device, dtype)
+    largest = _LARGEST_HEAD.get(chosen)
+    if largest is None or max(sizes) <= largest:
+        return chosen
+    reason = f"its heads have {max(sizes)} numbers, expected at most {largest}"
+    if impl or env.default_impl():
+        raise ImplementationError(f"{chosen!r} cannot run {op}: {reason}; use 'reference' or None")
+    _say_once(op, chosen, reason)
+    return "reference"
+
+
 def kernels(op: str, impl: str) -> ModuleType:
     """The module that runs this op; imports it on first use."""
     return _load(_table[op, impl].module)
@@ -130,21 +150,35 @@ def _foreign(impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -
     """Why such tensors are not for this implementation, or None."""
     if impl == "reference":
         return None
-    expected = {"cpu": "cpu", "triton": "cpu" if env.triton_interpreted() else "cuda"}.get(impl, device.type)
+    expected = _DEVICES.get(impl, device.type)
+    if impl == "triton" and env.triton_interpreted():
+        expected = "cpu"
     if device.type != expected:
         return f"its tensors are on {device.type}, expected {expected}"
-    others = [str(dtype) for dtype in dtypes if dtype not in _KERNEL_DTYPES]
-    return f"it got {others[0]}, expected {', '.join(map(str, _KERNEL_DTYPES))}" if others else None
+    taken = _DTYPES.get(impl, _KERNEL_DTYPES)
+    others = [str(dtype) for dtype in dtypes if dtype not in taken]
+    return f"it got {others[0]}, expected {', '.join(map(str, taken))}" if others else None
 
 
 def _triton_obstacle() -> str | None:
     """Why Triton kernels cannot run here, or None; Triton itself is not imported to find out."""
-    found = importlib.util.find_spec("triton")
-    if found is None or found.origin is None:  # a mere folder of that name has no origin
+    if not _installed("triton"):
         return "triton is not installed"
     if torch.cuda.is_available() or env.triton_interpreted():
         return None
     return "triton is here, but a GPU and its driver are not installed"
+
+
+def _flash_obstacle() -> str | None:
+    """Why flash-attn cannot run here, or None; it is not imported to find out."""
+    if not _installed("flash_attn"):
+        return "flash-attn is not installed"
+    return None if torch.cuda.is_available() else "flash-attn is here, but a GPU and its driver are not installed"
+
+
+def _installed(package: str) -> bool:
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None  # a mere folder of that name has no origin
 
 
 _said: set[tuple[str, str]] = set()
@@ -169,3 +203,4 @@ for _op in OPS:
     register(_op, "reference", f"fastprompt._eager.{_op}")
     register(_op, "cpu", f"fastprompt._cpu.{_op}", native.obstacle)
     register(_op, "triton", f"fastprompt._triton.{_op}", _triton_obstacle)
+register("prefix_attention", "flash", "fastprompt._flash.prefix_attention", _flash_obstacle)

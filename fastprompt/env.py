@@ -29,6 +29,21 @@ def data_folder() -> str | None:
     return os.environ.get("FASTPROMPT_DATA") or None
 
 
+def api_keys() -> list[str]:
+    """`FASTPROMPT_API_KEYS`: keys that may use every prompt of a server."""
+    return _listed("FASTPROMPT_API_KEYS")
+
+
+def admin_keys() -> list[str]:
+    """`FASTPROMPT_ADMIN_KEYS`: keys that may administer a server too."""
+    return _listed("FASTPROMPT_ADMIN_KEYS")
+
+
+def _listed(name: str) -> list[str]:
+    return os.environ.get(name, "").replace(",", " ").split()
+
+
 def in_force() -> dict[str, str]:
-    """The variables of this package that are set, by name."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTPROMPT_")}
+    """The variables of this package that are set, by name; keys are not shown."""
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTPROMPT_")}
+    return {name: "***" if name.endswith("_KEYS") else value for name, value in found.items()}

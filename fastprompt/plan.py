@@ -5,12 +5,17 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from fastprompt import env, native
 from fastprompt.errors import ArgumentError
 
+SHARERS = 16  # most rows that read a prefix together
+_FEWEST_SHARERS = 4
+_STATE_COST = 64  # what a sharing row costs, in tokens of a prefix read once more (docs/kernels.md)
+_LEAST_SAVING = 4096  # such tokens a batch must save to be worth the launch that merges
 _LENGTH_BITS = 32  # a row's sorting key is its start above its length
 _NO_PROMPT = 1 << 64
 _INT32 = torch.iinfo(torch.int32)
@@ -23,12 +28,16 @@ class BatchPlan:
     `packed` is one int32 tensor on the host, because only tensors and numbers cross the boundary of a registered
     op. It holds, for a capacity of C rows, `order [C] | group_offsets [C+1] | group_start [C] | group_len [C]`;
     entries without a row or group are -1. Its size depends on the capacity alone, so a compiled or captured step
-    takes any batch that fits. Work lists that kernels want beside it (tiles, split-KV) belong in further tensors
-    of this class.
+    takes any batch that fits.
+
+    `sharing` says which rows of one query read their prefix together (`paged_prefix_attention` on GPUs): one int32
+    tensor on the device of the op's tensors, `tile_of_row [C] | tiles [C // 4, SHARERS]`. A tile holds the numbers of
+    4 to SHARERS rows of one prompt, in order; -1 is no row, or no tile. None where no row shares.
     """
 
     packed: torch.Tensor
     capacity: int
+    sharing: torch.Tensor | None = None
 
     @classmethod
     def build(
@@ -37,6 +46,8 @@ class BatchPlan:
         prefix_len: Sequence[int] | torch.Tensor,
         *,
         capacity_rows: int | None = None,
+        queries: Sequence[int] | torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
     ) -> BatchPlan:
         """Sorts the rows of a batch by prompt.
 
@@ -45,20 +56,47 @@ class BatchPlan:
             order = stable_sort(rows, key=(len == 0, start, len))   # rows without a prompt come last, as one group
             group g owns rows order[group_offsets[g] : group_offsets[g + 1]]
             and reads arena tokens group_start[g] .. group_start[g] + group_len[g] - 1
+            its n rows of one query share the reading if n >= 4 and it pays (the model is in docs/kernels.md)
 
         `prefix_start`, `prefix_len`: integers, one a row; a tensor on an accelerator is copied to the host.
         `capacity_rows`: rows the plan has room for, by default the rows given. Rows may later carry other
         extents (another layer's arena, or none there) as long as the rows of one group still share theirs.
-        Raises `ArgumentError` when the two differ in length, exceed the capacity, or hold negative lengths or numbers
+        `queries`: query tokens of each row; with them `sharing` is made, on `device`. It is always there where a
+        capacity is given, as what is captured once must serve any batch.
+        Raises `ArgumentError` when the lists differ in length, exceed the capacity, or hold negative lengths or numbers
         beyond int32.
         """
         starts, lens = _host(prefix_start), _host(prefix_len)
         capacity = len(starts) if capacity_rows is None else capacity_rows
-        if _in_python():
-            return cls(_pack(_numbers(starts), _numbers(lens), capacity), capacity)
-        packed = torch.empty(4 * max(capacity, 0) + 1, dtype=torch.int32)
-        native.load().build_plan(packed, starts, lens, capacity)
-        return cls(packed, capacity)
+        in_python = _in_python()
+        if in_python:
+            packed = _pack(_numbers(starts), _numbers(lens), capacity)
+        else:
+            packed = torch.empty(4 * max(capacity, 0) + 1, dtype=torch.int32)
+            native.load().build_plan(packed, starts, lens, capacity)
+        if queries is None:
+            return cls(packed, capacity)
+        sharing = _sharing(packed, capacity, _host(queries), len(starts), in_python)
+        keep = capacity_rows is not None or sharing is not None
+        sharing = _nobody(capacity) if sharing is None else sharing
+        return cls(packed, capacity, sharing.to(device, non_blocking=True) if keep else None)
+
+    def copy_(self, other: BatchPlan) -> BatchPlan:
+        """Takes over another plan of the same capacity, in place: for a captured graph, before it is replayed.
+
+        Raises `ArgumentError` when the capacities differ, or the other has `sharing` that this one has no room for.
+        """
+        if self.capacity != other.capacity:
+            raise ArgumentError(
+                f"plan has room for {self.capacity} rows, the other for {other.capacity}; build both with the same "
+                "capacity_rows"
+            )
+        if self.sharing is None and other.sharing is not None:
+            raise ArgumentError("plan has no room for sharing, the other has some; build both with queries")
+        self.packed.copy_(other.packed)
+        if self.sharing is not None:
+            self.sharing.fill_(-1) if other.sharing is None else self.sharing.copy_(other.sharing, non_blocking=True)
+        return self
 
     @property
     def order(self) -> torch.Tensor:
@@ -81,6 +119,11 @@ class BatchPlan:
         return self.packed[3 * self.capacity + 1 :]
 
     @property
+    def tiles(self) -> torch.Tensor | None:
+        """`[C // 4, SHARERS]`: rows that read their prefix together."""
+        return None if self.sharing is None else self.sharing[self.capacity :].view(-1, SHARERS)
+
+    @property
     def num_rows(self) -> int:
         return int((self.order >= 0).sum())
 
@@ -97,6 +140,12 @@ def unpack(packed: torch.Tensor) -> tuple[list[int], list[int]]:
     rows = offsets.index(-1) if offsets[-1] < 0 else len(offsets)
     offsets = offsets[:rows]
     return order[: offsets[-1]], offsets
+
+
+def sharing_capacity(sharing: torch.Tensor) -> int:
+    """Rows that `BatchPlan.sharing` has room for; all of it where it has no room for tiles."""
+    tiles, rest = divmod(sharing.shape[0], _FEWEST_SHARERS + SHARERS)
+    return tiles * _FEWEST_SHARERS + rest
 
 
 def _in_python() -> bool:
@@ -133,6 +182,49 @@ def _pack(starts: list[int], lens: list[int], capacity: int) -> torch.Tensor:
     blank = [-1] * (capacity - len(group_start))
     packed = order + [-1] * (capacity - rows) + offsets + blank + group_start + blank + group_len + blank
     return torch.frombuffer(array("i", packed), dtype=torch.int32)
+
+
+def _sharing(
+    packed: torch.Tensor, capacity: int, queries: list[int] | torch.Tensor, rows: int, in_python: bool
+) -> torch.Tensor | None:
+    """`BatchPlan.sharing` on the host, None where no row shares."""
+    if len(queries) != rows:
+        raise ArgumentError(f"queries has {len(queries)} rows, prefix_start has {rows}; give one entry a row in both")
+    lists = _nobody(capacity)
+    if in_python:
+        found = _share(packed, capacity, _numbers(queries), lists)
+    else:
+        rules = (SHARERS, _FEWEST_SHARERS, _STATE_COST, _LEAST_SAVING)
+        found = native.load().share_prefixes(lists, packed, queries, capacity, *rules)
+    return lists if found else None
+
+
+def _nobody(capacity: int) -> torch.Tensor:
+    """Room for `BatchPlan.sharing`, empty."""
+    return torch.full((capacity + capacity // _FEWEST_SHARERS * SHARERS,), -1, dtype=torch.int32)
+
+
+def _share(packed: torch.Tensor, capacity: int, queries: list[int], lists: torch.Tensor) -> bool:
+    """Fills `BatchPlan.sharing` in plain Python and says whether any row shares; csrc/plan.cpp does the same."""
+    order, offsets = unpack(packed)
+    lens = packed[3 * capacity + 1 :].tolist()
+    saving = 0
+    tiles: list[list[int]] = []
+    for group, (first, end) in enumerate(pairwise(offsets)):
+        members = [row for row in order[first:end] if queries[row] == 1]
+        count = len(members)
+        parts = -(-count // SHARERS)
+        saved = lens[group] * (count - parts) - _STATE_COST * count
+        if count >= _FEWEST_SHARERS and saved > 0:
+            saving += saved
+            tiles += [members[i * count // parts : (i + 1) * count // parts] for i in range(parts)]
+    if saving < _LEAST_SAVING:
+        return False
+    for i, members in enumerate(tiles):
+        rows = torch.tensor(members)
+        lists[rows] = i
+        lists[capacity + i * SHARERS :][: len(members)] = rows.int()
+    return True
 
 
 def _check(starts: list[int], lens: list[int], capacity: int) -> None:

@@ -103,7 +103,7 @@ def results(call: Attention, op: Callable, seed: int = 1, lse: bool = True, **mo
     gen = torch.Generator().manual_seed(seed)
 
     def weighted(x: Tensor) -> Tensor:
-        return (x * torch.randn(x.shape, dtype=torch.float64, generator=gen).to(x.dtype)).sum()
+        return (x * torch.randn(x.shape, dtype=torch.float64, generator=gen).to(x)).sum()
 
     if lse:
         out, log = call(op, return_lse=True, **more)

@@ -90,7 +90,7 @@ def test_an_explicit_choice_raises_instead_of_falling_back(table, monkeypatch, i
 
 
 def test_an_unknown_name_lists_the_known_ones(table, monkeypatch):
-    with pytest.raises(ArgumentError, match=r"'fast'.*reference, cpu, triton, cuda"):
+    with pytest.raises(ArgumentError, match=r"'fast'.*reference, cpu, triton, flash, cuda"):
         choose("prefix_attention", "fast")
     monkeypatch.setenv("FASTPROMPT_IMPL", "quick")
     with pytest.raises(ArgumentError, match="FASTPROMPT_IMPL is 'quick'"):
@@ -106,3 +106,17 @@ def test_explain_lists_every_op_with_every_implementation(table):
 def test_every_registered_module_can_be_loaded():
     for op in dispatch.OPS:
         assert callable(dispatch.kernels(op, "reference").forward)
+
+
+def test_heads_too_large_for_kernels_go_to_the_reference(table, monkeypatch):
+    dispatch.register("prefix_attention", "triton", "fastprompt.nowhere")
+    given = ("prefix_attention", None, CUDA, torch.float16)
+    assert dispatch.choose_for_heads(*given, 256, 8) == "triton"
+    with pytest.warns(RuntimeWarning, match=r"without their triton.*heads have 257 numbers, expected at most 256"):
+        assert dispatch.choose_for_heads(*given, 8, 257) == "reference"
+    assert dispatch.choose_for_heads("prefix_attention", "reference", CUDA, torch.float16, 999) == "reference"
+    with pytest.raises(ImplementationError, match="'triton' cannot run prefix_attention: its heads have 300 numbers"):
+        dispatch.choose_for_heads("prefix_attention", "triton", CUDA, torch.float16, 300)
+    monkeypatch.setenv("FASTPROMPT_IMPL", "triton")
+    with pytest.raises(ImplementationError, match="300 numbers"):
+        dispatch.choose_for_heads(*given, 300)

@@ -22,6 +22,7 @@ def forward(
     prefix_len: Tensor,
     sinks: Tensor | None,
     plan: Tensor | None,
+    sharing: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,

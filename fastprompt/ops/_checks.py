@@ -101,15 +101,30 @@ def bias(name: str, x: Tensor | None, q: Tensor, columns: int | None, layout: st
         )
 
 
-def plan(given: BatchPlan | None, rows: int) -> Tensor | None:
-    """The packed tensor of a plan with room for the rows."""
+def plan(given: BatchPlan | None, rows: int, impl: str) -> Tensor | None:
+    """The packed tensor of a plan with room for the rows, for an implementation that reads it.
+
+    It lies on the host: kernels that do not look at it would only be kept out of captured graphs by it.
+    """
     if given is None:
         return None
     if not isinstance(given, BatchPlan):
         raise ArgumentError(f"plan is a {type(given).__name__}, expected a BatchPlan from BatchPlan.build")
     if given.capacity < rows:
         raise ArgumentError(f"plan has room for {given.capacity} rows, the batch has {rows}; build one for this batch")
-    return given.packed
+    return None if impl == "triton" else given.packed
+
+
+def sharing(given: BatchPlan | None, like: Tensor) -> Tensor | None:
+    """The work lists of a plan, on the device of `like`."""
+    if given is None or given.sharing is None:
+        return None
+    if given.sharing.device != like.device:
+        raise ArgumentError(
+            f"plan.sharing is on {given.sharing.device}, the other tensors are on {like.device}; build the plan with "
+            "that device"
+        )
+    return given.sharing
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

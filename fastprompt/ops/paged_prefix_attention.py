@@ -44,7 +44,8 @@ def paged_prefix_attention(
 
     Shapes: `q [tokens, Hq, D]`, `k_cache [blocks, block_size, Hkv, D]`, `v_cache [blocks, block_size, Hkv, Dv]`,
     int32 or int64 `block_table [B, max_blocks]` (entries past a row's tokens are not read), `q_start [B + 1]` offsets
-    into q, `kv_len [B]` own tokens including the new ones; the rest as in `prefix_attention`.
+    into q, `kv_len [B]` own tokens including the new ones; the rest as in `prefix_attention`. With a `plan` built with
+    `queries`, GPU kernels read a prompt once for several rows of one query.
     Returns `out [tokens, Hq, Dv]` and, with `return_lse`, `lse [Hq, tokens]`. For inference: it has no gradients.
     Raises `ArgumentError` for what does not fit or requires gradients, `ImplementationError` for an `impl` that
     cannot run.
@@ -59,10 +60,11 @@ def paged_prefix_attention(
             "paged_prefix_attention has no gradients and an input requires them; call it under torch.no_grad(), "
             "or train with prefix_attention"
         )
+    chosen = dispatch.choose_for_heads("paged_prefix_attention", impl, q.device, q.dtype, q.shape[2], v_cache.shape[3])
     out, lse = torch.ops.fastprompt.paged_prefix_attention.default(
         q, k_cache, v_cache, block_table, q_start, kv_len, prefix_k, prefix_v, prefix_start, prefix_len, sinks,
-        _checks.plan(plan, kv_len.shape[0]), q.shape[2] ** -0.5 if scale is None else scale, window, softcap,
-        return_lse, dispatch.choose("paged_prefix_attention", impl, q.device, q.dtype),
+        _checks.plan(plan, kv_len.shape[0], chosen), _checks.sharing(plan, q),
+        q.shape[2] ** -0.5 if scale is None else scale, window, softcap, return_lse, chosen,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -109,7 +111,8 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tens
 define(
     "paged_prefix_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor q_start, "
     "Tensor kv_len, Tensor prefix_k, Tensor prefix_v, Tensor prefix_start, Tensor prefix_len, Tensor? sinks, "
-    "Tensor? plan, float scale, SymInt? window, float? softcap, bool need_lse, str impl) -> (Tensor, Tensor)",
+    "Tensor? plan, Tensor? sharing, float scale, SymInt? window, float? softcap, bool need_lse, str impl) "
+    "-> (Tensor, Tensor)",
     _run,
     _fake,
 )

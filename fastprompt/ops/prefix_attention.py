@@ -65,7 +65,7 @@ def prefix_attention(
     """
     _checks.window(window)
     _checks.positive("softcap", softcap)
-    chosen = dispatch.choose("prefix_attention", impl, q.device, q.dtype)
+    chosen = dispatch.choose_for_heads("prefix_attention", impl, q.device, q.dtype, q.shape[-1], *v.shape[-1:])
     tensors = (
         q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, bias, prefix_bias, kv_start, kv_len, q_start,
     )  # fmt: skip
@@ -74,8 +74,8 @@ def prefix_attention(
     if not straight:
         _check(*tensors)
     args = (
-        *tensors, _checks.plan(plan, q.shape[0]), causal, q.shape[-1] ** -0.5 if scale is None else scale, window,
-        softcap, need_grad or return_lse,
+        *tensors, _checks.plan(plan, q.shape[0], chosen), causal, q.shape[-1] ** -0.5 if scale is None else scale,
+        window, softcap, need_grad or return_lse,
     )  # fmt: skip
     if not straight:
         out, lse = torch.ops.fastprompt.prefix_attention.default(*args, chosen)

@@ -11,10 +11,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def row_extent(b, prefix_start, prefix_len, tokens):
+    """First arena token and length of row b's prefix, nothing outside the arena."""
+    start = tl.minimum(tl.maximum(tl.load(prefix_start + b), 0), tokens).to(tl.int32)
+    return start, tl.minimum(tl.maximum(tl.load(prefix_len + b), 0), tokens - start).to(tl.int32)
+
+
+@triton.jit
 def row_keys(b, prefix_start, prefix_len, kv_start, kv_len, q_start, tokens, keys, queries):
     """Of row b: first arena token, prefix length, first real own key, all keys, index of query 0, keys dropped."""
-    start = tl.minimum(tl.maximum(tl.load(prefix_start + b), 0), tokens).to(tl.int32)
-    prefix = tl.minimum(tl.maximum(tl.load(prefix_len + b), 0), tokens - start).to(tl.int32)
+    start, prefix = row_extent(b, prefix_start, prefix_len, tokens)
     first = 0
     last = keys
     own_query = keys - queries
@@ -131,3 +137,31 @@ def add_biases(logits, bias, prefix_bias, bias_row, prefix_bias_row, bias_step, 
         pointers = bias + bias_row + (own + t - prefix).to(tl.int64) * bias_step
         logits += tl.load(pointers, mask=there & (bias_row >= 0), other=0.0).to(tl.float32) * LOG2E
     return logits
+
+
+@triton.jit
+def softmax_step(logits, top, total):
+    """Takes logits `[rows, keys]` into a softmax.
+
+    Their weights, what shrinks the sums so far, the new maxima, the new sums.
+    """
+    higher = tl.maximum(top, tl.max(logits, 1))
+    safe = tl.where(higher == -float("inf"), 0.0, higher)
+    weights = tl.exp2(logits - safe[:, None])
+    shrink = tl.exp2(top - safe)
+    return weights, shrink, higher, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def softmax_result(acc, top, total):
+    """Weighted values and the natural log of the sums; 0 and -inf where nothing was seen."""
+    blind = total == 0
+    whole = tl.where(blind, 1.0, total)
+    return acc / whole[:, None], tl.where(blind, -float("inf"), (top + tl.log2(whole)) / LOG2E)
+
+
+@triton.jit
+def load_lse(lse, at, alive):
+    """lse in base 2, +inf where a query sees nothing, so that all its weights are 0."""
+    found = tl.load(lse + at, mask=alive, other=float("inf"))
+    return tl.where(found == -float("inf"), float("inf"), found * LOG2E)

@@ -11,18 +11,18 @@ from torch import Tensor
 from fastprompt._eager import prefix_attention as eager
 from fastprompt._triton import tiles
 from fastprompt._triton.launch import index, launch, placed, rows_contiguous, target
-from fastprompt._triton.prefix_attention_backward import (
-    prefix_attention_bwd_delta_kernel,
+from fastprompt._triton.prefix_attention_backward_keys import (
     prefix_attention_bwd_own_kernel,
     prefix_attention_bwd_prefix_kernel,
+)
+from fastprompt._triton.prefix_attention_backward_queries import (
+    prefix_attention_bwd_delta_kernel,
     prefix_attention_bwd_queries_kernel,
 )
 from fastprompt._triton.prefix_attention_forward import prefix_attention_fwd_kernel
-from fastprompt.errors import ArgumentError
 
-_LARGEST = 256  # head size
-_LARGEST_SINGLE = 64  # in float32, for gradients: larger tiles find no room in registers, and are left to torch
-_FAR = 2**30  # a window no sequence reaches
+_LARGEST_SINGLE = 128  # in float32, for gradients: larger tiles find no room in registers, and are left to torch
+FAR = 2**30  # a window no sequence reaches
 
 
 def forward(
@@ -166,11 +166,10 @@ class Call:
     ) -> Call:
         inputs = (q, k, v, prefix_k, prefix_v)
         dims = {"DIM": q.shape[3], "DIM_V": v.shape[3]}
-        check_heads(*dims.values())
         numbers = (
             bias, prefix_bias, *(x.stride()[:-1] for x in inputs), _broadcast(bias), _broadcast(prefix_bias),
             prefix_k.shape[1], k.shape[2], q.shape[2], 0 if prefix_bias is None else prefix_bias.shape[3], scale,
-            softcap, None if window is None else min(window, _FAR), k.shape[1],
+            softcap, None if window is None else min(window, FAR), k.shape[1],
         )  # fmt: skip
         meta = dims | {
             "GROUP": q.shape[1] // k.shape[1],
@@ -180,14 +179,6 @@ class Call:
             "PRECISION": "ieee",
         }
         return cls(inputs, indices, numbers, meta)
-
-
-def check_heads(dim: int, dim_v: int) -> None:
-    """Head sizes are not too large for a tile."""
-    if max(dim, dim_v) > _LARGEST:
-        raise ArgumentError(
-            f"q and v have head sizes {dim} and {dim_v}, the Triton kernels take up to {_LARGEST}; use impl='reference'"
-        )
 
 
 def _broadcast(bias: Tensor | None) -> tuple[int, ...]:

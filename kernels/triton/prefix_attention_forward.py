@@ -13,6 +13,8 @@ from fastprompt._triton.logits import (
     load_rows,
     row_keys,
     scores,
+    softmax_result,
+    softmax_step,
     store_rows,
     token_pointers,
     visible,
@@ -75,12 +77,7 @@ def _attend(
         if MASKED:
             seen = visible(t[None, :], query[:, None], prefix, total, dropped, window, CAUSAL)
             logits = tl.where(seen, logits, -float("inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        safe = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp2(logits - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total_weight = total_weight * shrink + tl.sum(weights, 1)
-        top = higher
+        weights, shrink, top, total_weight = softmax_step(logits, top, total_weight)
         v_at = token_pointers(arena_v, own_v, t, prefix, start, own, steps[2], steps[3])
         v = load_rows(v_at, t < total, DIM_V, BLOCK_DV, MASKED)
         out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
@@ -146,11 +143,9 @@ def prefix_attention_fwd_kernel(
         softcap, window, DIM, DIM_V, BLOCK_D, BLOCK_DV, BLOCK_KEYS, CAUSAL, PRECISION, True,
     )  # fmt: skip
 
-    blind = weight == 0
-    total_out = total_out / tl.where(blind, 1.0, weight)[:, None]
+    found, log = softmax_result(total_out, top, weight)
     heads = kv_heads * GROUP
     out_at = out + ((b * queries + i) * heads + head) * DIM_V
-    store_rows(out_at, total_out, alive, DIM_V, BLOCK_DV)
+    store_rows(out_at, found, alive, DIM_V, BLOCK_DV)
     if lse is not None:
-        found = tl.where(blind, -float("inf"), (top + tl.log2(tl.where(blind, 1.0, weight))) / LOG2E)
-        tl.store(lse + (b * heads + head) * queries + i, found, mask=alive)
+        tl.store(lse + (b * heads + head) * queries + i, log, mask=alive)

@@ -31,16 +31,26 @@ def forward(dim: int, dtype: torch.dtype, rows: int, rich: bool = False) -> Tile
     if rows >= large.rows:
         return large
     fewer = max(16, block(rows))
-    return Tiles(fewer, large.keys, min(large.warps, 4), large.stages)
+    return Tiles(fewer, large.keys, large.warps if dtype.itemsize == 4 else min(large.warps, 4), large.stages)
+
+
+def together(tile: Tiles, dim: int, dtype: torch.dtype, rows: int) -> tuple[int, Tiles]:
+    """For a launch whose other programs take `tile`: query rows of a tile that reads a prefix for `rows` of them.
+
+    And the tile for all, with fewer keys where a large one finds no room in the registers of four warps.
+    """
+    most = 16 if dtype.itemsize == 4 else 32 if dim > 128 else 64
+    crowded = _machine() == "cuda" and dim == 128 and dtype.itemsize == 2 and tile.warps == 4
+    return min(most, block(rows)), tile._replace(keys=tile.keys // 2) if crowded else tile
 
 
 def backward_queries(dim: int, dtype: torch.dtype, rich: bool = False) -> Tiles:
-    """For the gradient of queries; float32 up to 64."""
+    """For the gradient of queries; float32 up to 128."""
     return _lean(_look_up(_BACKWARD_QUERIES, dim, dtype), rich)
 
 
 def backward_keys(dim: int, dtype: torch.dtype, rich: bool = False) -> Tiles:
-    """For the gradients of keys and values, own and of the arena."""
+    """For the gradients of keys and values, own and of the arena; float32 up to 128."""
     return _lean(_look_up(_BACKWARD_KEYS, dim, dtype), rich)
 
 
@@ -62,13 +72,14 @@ _FULL = 264  # programs that fill a chip: two a multiprocessor of an H100
 
 def _lean(tiles: Tiles, rich: bool) -> Tiles:
     """Half the rows and keys, and no loads ahead, for rich logits."""
-    return Tiles(max(16, tiles.rows // 2), max(16, tiles.keys // 2), tiles.warps, 1) if rich else tiles
+    rows, keys = (min(n, max(16, n // 2)) for n in tiles[:2])
+    return Tiles(rows, keys, tiles.warps, 1) if rich else tiles
 
 
 def _look_up(table: dict[tuple[Any, ...], Tiles], dim: int, dtype: torch.dtype) -> Tiles:
-    """Numbers of four bytes take no tensor cores, and one small tile on every chip."""
+    """Numbers of four bytes take no tensor cores on NVIDIA chips, and one small tile on most."""
     key = (dtype.itemsize, max(dim, 64))
-    return table[key] if dtype.itemsize == 4 else table[(_machine(), *key)]
+    return table.get((_machine(), *key)) or table[key]
 
 
 @cache
@@ -106,6 +117,8 @@ _BACKWARD_QUERIES = {
     ("hip", 2, 128): Tiles(64, 32, 8, 1),
     ("hip", 2, 256): Tiles(32, 32, 4, 1),
     (4, 64): Tiles(16, 16, 8, 1),
+    (4, 128): Tiles(8, 16, 8, 1),
+    ("hip", 4, 128): Tiles(16, 16, 8, 1),
 }
 _BACKWARD_KEYS = {
     ("large", 2, 64): Tiles(64, 64, 8, 2),
@@ -118,4 +131,5 @@ _BACKWARD_KEYS = {
     ("hip", 2, 128): Tiles(32, 32, 8, 1),
     ("hip", 2, 256): Tiles(16, 32, 8, 1),
     (4, 64): Tiles(16, 16, 8, 1),
+    (4, 128): Tiles(16, 16, 8, 1),
 }

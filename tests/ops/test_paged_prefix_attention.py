@@ -13,7 +13,7 @@ RAGGED = ([3, 1, 0, 7, 1], [3, 9, 4, 12, 1])  # queries and own tokens of each r
 DECODE = ([1] * 5, [3, 9, 4, 12, 1])
 
 
-def arguments(shape, *, size=4, heads=(4, 2), dims=(8, 8), dtype=torch.float64, poison=0.0):
+def arguments(shape, *, size=4, heads=(4, 2), dims=(8, 8), dtype=torch.float64, poison=0.0, extents=EXTENTS):
     """A packed batch whose pages lie in any order; every slot no token fills holds `poison`."""
     queries, lens = shape
     (hq, hkv), (d, dv) = heads, dims
@@ -27,7 +27,7 @@ def arguments(shape, *, size=4, heads=(4, 2), dims=(8, 8), dtype=torch.float64, 
             for cache in caches:
                 cache[table[b, t // size], t % size] = torch.randn(hkv, cache.shape[3], dtype=dtype)
     q_start = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
-    start, length = (torch.tensor(v, dtype=torch.int32) for v in zip(*EXTENTS, strict=True))
+    start, length = (torch.tensor(v, dtype=torch.int32) for v in zip(*extents, strict=True))
     draw = lambda *s: torch.randn(*s, dtype=dtype)  # noqa: E731
     return (
         draw(sum(queries), hq, d), *caches, table, q_start, torch.tensor(lens, dtype=torch.int32),
@@ -76,7 +76,8 @@ def test_opcheck_and_compile():
     numbers = (0.3, None, None)
     for need_lse in (True, False):
         torch.library.opcheck(
-            torch.ops.fastprompt.paged_prefix_attention.default, (*args, None, None, *numbers, need_lse, "reference")
+            torch.ops.fastprompt.paged_prefix_attention.default,
+            (*args, None, None, None, *numbers, need_lse, "reference"),
         )
     torch.compiler.reset()
     compiled = torch.compile(ops.paged_prefix_attention, fullgraph=True, backend="aot_eager")

@@ -17,6 +17,7 @@ import torch
 from compiled import TARGETS, Compiled, compiling
 
 from fastprompt import dispatch
+from fastprompt.plan import BatchPlan
 
 COLUMNS = ("target", "kernel", "case", "warps", "stages", "registers", "spilled", "stack", "shared", "tensor_core")
 RECORD = Path(__file__).parents[2] / "bench" / "results" / "aot.csv"
@@ -44,15 +45,16 @@ def attention(dim: int, dtype: torch.dtype, *, queries: int = 1024, rich: bool =
         op.backward(out, lse, *inputs, *extra, None, out, lse, *numbers, [True] * 8)
 
 
-def paged(dim: int, dtype: torch.dtype, *, rows: int, tokens: int) -> None:
-    """Rows of 32/8 heads over pages of 16 tokens, up to 4096 a row."""
+def paged(dim: int, dtype: torch.dtype, *, rows: int, tokens: int, shared: bool = False) -> None:
+    """Rows of 32/8 heads over pages of 16 tokens, up to 4096 a row; shared: some read their prefix together."""
     op = dispatch.kernels("paged_prefix_attention", "triton")
     heads, kv_heads = 32, 8
     caches = [empty(9000, 16, kv_heads, dim, dtype=dtype) for _ in range(2)]
     arenas = [empty(kv_heads, 2048, dim, dtype=dtype) for _ in range(2)]
     indices = [empty(rows, 256), empty(rows + 1), empty(rows)]
+    lists = BatchPlan.build([0] * rows, [0] * rows, capacity_rows=rows, queries=[1] * rows, device="meta").sharing
     args = (empty(tokens, heads, dim, dtype=dtype), *caches, *indices, *arenas, empty(rows), empty(rows), None, None)
-    op.forward(*args, dim**-0.5, None, None, False)
+    op.forward(*args, lists if shared else None, dim**-0.5, None, None, False)
 
 
 def merge_states() -> None:
@@ -82,13 +84,19 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     half, single = torch.bfloat16, torch.float32
     for dim in (64, 128, 256):
         yield f"bf16 D{dim}", lambda d=dim: attention(d, half)
-        yield f"fp32 D{dim}", lambda d=dim: attention(d, single, grad=d <= 64)
+        yield f"fp32 D{dim}", lambda d=dim: attention(d, single, grad=d <= 128)
     yield "fp16 D80", lambda: attention(80, torch.float16, grad=False)
     yield "bf16 D128 all arguments", lambda: attention(128, half, rich=True)
+    for dim in (64, 128):
+        yield f"fp32 D{dim} all arguments", lambda d=dim: attention(d, single, rich=True)
     yield "bf16 D128 one query", lambda: attention(128, half, queries=1, grad=False)
     for rows in (4, 64):  # the keys of a few programs are cut into parts
         yield f"bf16 D128 {rows} rows of a query", lambda n=rows: paged(128, half, rows=n, tokens=n)
     yield "bf16 D128 64 rows of 64 queries", lambda: paged(128, half, rows=64, tokens=4096)
+    for dim in (64, 128, 256):
+        yield f"bf16 D{dim} prefixes read together", lambda d=dim: paged(d, half, rows=128, tokens=128, shared=True)
+    yield "fp32 D128 prefixes read together", lambda: paged(128, single, rows=128, tokens=128, shared=True)
+    yield "bf16 D128 prefill and prefixes read together", lambda: paged(128, half, rows=64, tokens=4096, shared=True)
     yield "bf16 D128", merge_states
     yield "bf16 E4096", embed_prompts
     yield "bf16 E1024", lambda: grouped_linear(half)

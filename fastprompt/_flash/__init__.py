@@ -1,0 +1,1 @@
+"""prefix_attention by the package `flash-attn`, where it is installed: two or three of its calls, merged."""
