@@ -63,7 +63,7 @@ def ours(case: Case, impl: str) -> Entry:
                 causal=case.causal, window=case.window, kv_start=x.first, plan=x.plan, impl=impl,
             )  # fmt: skip
 
-        return _run(case, attend, (x.q, x.k, x.v, x.prefix_k, x.prefix_v), x.dout)
+        return run_on(case, attend, (x.q, x.k, x.v, x.prefix_k, x.prefix_v), x.dout)
 
     def named(result: Any) -> dict[str, Tensor]:
         return dict(zip(("out", *_GRADIENTS), result, strict=True)) if case.backward else {"out": result}
@@ -78,14 +78,14 @@ def forms(case: Case, mask: Tensor | None, dtype: torch.dtype) -> list[Form]:
     masks = {"plain": None} if mask is None else {"bool mask": mask, "float mask": added}
     found = []
     for about, each in masks.items():
-        found.append(Form(about, partial(_sdpa, mask=each, group=group)))
+        found.append(Form(about, partial(sdpa, mask=each, group=group)))
         if group > 1:
-            found.append(Form(f"{about}, repeated keys", partial(_sdpa, mask=each), repeats=group))
-    if _is_plainly_causal(case):
+            found.append(Form(f"{about}, repeated keys", partial(sdpa, mask=each), repeats=group))
+    if is_plainly_causal(case):
         pad = case.prefix + case.keys - case.queries
-        found.append(Form("padded causal", partial(_sdpa, causal=True, group=group), pad))
+        found.append(Form("padded causal", partial(sdpa, causal=True, group=group), pad))
         if group > 1:
-            found.append(Form("padded causal, repeated keys", partial(_sdpa, causal=True), pad, group))
+            found.append(Form("padded causal, repeated keys", partial(sdpa, causal=True), pad, group))
     folded = None if added is None else added.repeat(1, 1, group, 1)  # a group's heads are query rows
     if group > 1:
         found.append(Form("heads folded", partial(_folded, mask=folded)))
@@ -98,25 +98,25 @@ def concatenated(case: Case, form: Form) -> Entry:
 
     def build(x: Inputs) -> Run:
         k, v = x.expanded()
-        return _run(case, form.attend, (form.queries(x.q), form.keys(k), form.keys(v)), _dout(x, form))
+        return run_on(case, form.attend, (form.queries(x.q), form.keys(k), form.keys(v)), _dout(x, form))
 
-    return Entry(form.about, build, partial(_named, case, form, case.prefix))
+    return Entry(form.about, build, partial(named, case, form, case.prefix))
 
 
 def expanded(case: Case, form: Form) -> Entry:
     """PEFT's way: the prompts, stored apart, are expanded over the rows and concatenated in front in every call."""
 
     def build(x: Inputs) -> Run:
-        rows = torch.tensor(case.prompt_of())
+        rows = torch.tensor(case.prompt_of(), device=x.q.device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, bank_k: Tensor, bank_v: Tensor) -> Tensor:
             k, v = (torch.cat([_of_rows(bank, rows), own], 2) for bank, own in ((bank_k, k), (bank_v, v)))
             return form.attend(q, k, v)
 
         banks = (_bank(case, x.prefix_k), _bank(case, x.prefix_v))
-        return _run(case, attend, (form.queries(x.q), x.k, x.v, *banks), _dout(x, form))
+        return run_on(case, attend, (form.queries(x.q), x.k, x.v, *banks), _dout(x, form))
 
-    return Entry(form.about, build, partial(_named, case, form, 0))
+    return Entry(form.about, build, partial(named, case, form, 0))
 
 
 def folded(case: Case, inputs: Inputs) -> Entry | None:
@@ -133,7 +133,7 @@ def folded(case: Case, inputs: Inputs) -> Entry | None:
     return Entry("prompts folded", build, lambda out: {"out": out.transpose(1, 2)})
 
 
-def _run(case: Case, attend: Callable[..., Tensor], tensors: Sequence[Tensor], dout: Tensor) -> Run:
+def run_on(case: Case, attend: Callable[..., Tensor], tensors: Sequence[Tensor], dout: Tensor) -> Run:
     """`attend` on the tensors, for training with the gradients of all of them."""
     if not case.backward:
         return partial(attend, *tensors)
@@ -151,7 +151,7 @@ def _dout(x: Inputs, form: Form) -> Tensor:
     return form.queries(x.dout.transpose(1, 2))
 
 
-def _named(case: Case, form: Form, before: int, result: Any) -> dict[str, Tensor]:
+def named(case: Case, form: Form, before: int, result: Any) -> dict[str, Tensor]:
     """The output, and those gradients of own tensors that are not summed over anything else; they begin at `before`."""
     if not case.backward:
         return {"out": form.trim(result).transpose(1, 2)}
@@ -161,15 +161,15 @@ def _named(case: Case, form: Form, before: int, result: Any) -> dict[str, Tensor
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
-def _is_plainly_causal(case: Case) -> bool:
+def is_plainly_causal(case: Case) -> bool:
     """Whether a query sees all that stands before it and nothing else."""
     return case.causal and case.queries > 1 and not (case.window or case.padded or case.ragged)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, group: int = 1) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, group: int = 1) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=group > 1)
 
 

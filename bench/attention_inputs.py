@@ -37,6 +37,9 @@ class Inputs:
     longest: int
     plan: BatchPlan
 
+    def to(self, device: str | torch.device) -> Inputs:
+        return self._map(lambda x: x.to(device))
+
     def double(self) -> Inputs:
         return self._map(lambda x: x.double() if x.is_floating_point() else x)
 
@@ -72,7 +75,7 @@ class Inputs:
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, Hkv, P + S, D]` concatenated, differentiable; shorter prefixes are filled up."""
-        p = torch.arange(self.longest)
+        p = torch.arange(self.longest, device=self.start.device)
         token = (self.start[:, None] + p).clamp(max=max(self.prefix_k.shape[1] - 1, 0)).long()
         k, v = (
             torch.cat([arena[:, token].transpose(0, 1), own], 2)
@@ -86,12 +89,12 @@ class Inputs:
         return replace(self, **changed)
 
 
-def build(case: Case, dtype: str, seed: int = 0) -> Inputs:
-    """Random tensors of a case; the same for a seed."""
-    gen = torch.Generator().manual_seed(seed)
+def build(case: Case, dtype: str, seed: int = 0, device: str = "cpu") -> Inputs:
+    """Random tensors of a case; the same for a seed on a kind of device."""
+    gen = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen).to(DTYPES[dtype])
+        return torch.randn(*shape, generator=gen, device=device).to(DTYPES[dtype])
 
     def by_head(heads: int, tokens: int) -> Tensor:
         if case.strided:
@@ -110,7 +113,7 @@ def build(case: Case, dtype: str, seed: int = 0) -> Inputs:
         draw(kv_heads, sum(lengths), case.dim), draw(kv_heads, sum(lengths), case.dim), start, length,
         first if case.padded else None, visible(case, length, first),
         draw(case.rows, case.queries, q_heads, case.dim), max(lengths), BatchPlan.build(start, length),
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
 
 
 def visible(case: Case, length: Tensor, first: Tensor) -> Tensor | None:

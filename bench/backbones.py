@@ -34,8 +34,8 @@ class LlamaSize:
         )
 
 
-def llama(size: LlamaSize, seed: int = 0) -> PreTrainedModel:
-    """A frozen float32 decoder in evaluation mode, without special tokens: generation never stops early."""
+def llama(size: LlamaSize, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """A frozen decoder in evaluation mode, without special tokens: generation never stops early."""
     config = LlamaConfig(
         num_hidden_layers=size.layers,
         hidden_size=size.hidden,
@@ -49,7 +49,13 @@ def llama(size: LlamaSize, seed: int = 0) -> PreTrainedModel:
         pad_token_id=0,
     )
     torch.manual_seed(seed)
-    model: PreTrainedModel = LlamaForCausalLM(config)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # of weights; what rotary embeddings start from stays float32
+    try:
+        with torch.device(device):
+            model: PreTrainedModel = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(usual)
     return model.eval().requires_grad_(False)
 
 
@@ -68,10 +74,10 @@ def with_peft(model: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel
     return prompted.eval()
 
 
-def random_text(size: LlamaSize, rows: int, tokens: int, seed: int = 0) -> dict[str, Any]:
+def random_text(size: LlamaSize, rows: int, tokens: int, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
     """`input_ids` and `attention_mask` int64 `[rows, tokens]` without padding."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, size.vocabulary, (rows, tokens), generator=generator)
+    ids = torch.randint(1, size.vocabulary, (rows, tokens), generator=generator).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

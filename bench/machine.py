@@ -26,7 +26,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version(name) for name in _PACKAGES},
         "commit": _commit(),
         "load": load(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -52,7 +52,8 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The version of a package that is installed, None of one that is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

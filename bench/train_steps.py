@@ -46,13 +46,14 @@ class Work:
     rows: int
     tokens: int
     length: int
+    device: str = "cpu"
 
     def text(self) -> dict[str, Any]:
         """All rows, the rows of one prompt behind those of another; the first token of a row is not predicted.
 
         PEFT's virtual tokens predict it, and fastprompt's have no logits.
         """
-        text = random_text(self.backbone, self.prompts * self.rows, self.tokens)
+        text = random_text(self.backbone, self.prompts * self.rows, self.tokens, device=self.device)
         labels = text["input_ids"].clone()
         labels[:, 0] = -100
         return text | {"labels": labels, "use_cache": False}
@@ -74,7 +75,7 @@ def bare(model: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> Step:
             embeds = embed(batch["input_ids"]).requires_grad_()
             loss = model(inputs_embeds=embeds, **inputs).loss / len(batches)
             loss.backward()
-            total += loss.detach()
+            total = total + loss.detach()
             gradients.append(embeds.grad)
         return total, gradients if len(batches) == 1 else [torch.cat(gradients)]
 
@@ -111,7 +112,7 @@ def theirs(models: Sequence[peft.PeftModel], work: Work) -> Step:
             loss = model(**batch).loss
             loss.backward()
             optimizer.step()
-            total += loss.detach()
+            total = total + loss.detach()
         return total / len(models), [p.grad for each in parameters for p in each if p.grad is not None]
 
     return step
