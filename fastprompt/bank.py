@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 
 from fastprompt.arena import Arena, ArenaShape
 from fastprompt.errors import ArgumentError, BankFullError, DuplicatePromptError, PromptNotFoundError
 from fastprompt.extents import Extents, Room, Rooms
+from fastprompt.records import Entry, Record, Records
 from fastprompt.spec import LayerShape, Prefix
+
+__all__ = ["MAX_TOKENS", "BankStats", "Entry", "PromptBank"]
 
 MAX_TOKENS = 2**31 - 1  # the ops take token numbers as int32
 _FIRST_TOKENS = 256  # capacity of an unbounded bank at its first prompt
-_NAMES_COMPARED = 10_000  # names looked at for a suggestion: comparing is slow
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One version of a prompt in the bank: arena tokens `start` to `start + length - 1`, read in `layers` only."""
-
-    name: str
-    version: str
-    start: int
-    length: int
-    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,14 +48,6 @@ class BankStats:
     def capacity_bytes(self) -> int:
         """Bytes of the arena; never above `budget`."""
         return self.capacity * self.token_bytes
-
-
-@dataclass(eq=False)
-class _Record:
-    """A version's entry and its pins; it may outlive its name."""
-
-    entry: Entry
-    pins: int = 0
 
 
 class PromptBank:
@@ -112,8 +92,7 @@ class PromptBank:
         self._lock = threading.RLock()
         self._arena = Arena(shape, tokens)
         self._extents = Extents(tokens)
-        self._records: OrderedDict[str, _Record] = OrderedDict()  # least recently used first
-        self._pinned: dict[int, _Record] = {}  # by start, which cannot change while pinned
+        self._records = Records()
         self._hits = self._misses = self._evictions = self._compactions = self._generation = 0
 
     @property
@@ -138,7 +117,7 @@ class PromptBank:
     def names(self) -> tuple[str, ...]:
         """Names held, least recently used first."""
         with self._lock:
-            return tuple(self._records)
+            return self._records.names()
 
     def put(self, name: str, prefix: Prefix, version: str) -> Entry:
         """Store a prefix under a new name.
@@ -156,23 +135,23 @@ class PromptBank:
         """Point an existing name at a new prefix; readers who pinned the old version keep it. Raises as `put`."""
         staged = self._stage(name, prefix)
         with self._lock:
-            return self._insert(name, staged, version, self._find(name))
+            return self._insert(name, staged, version, self._records.find(name))
 
     def remove(self, name: str) -> None:
         """Forget a name; its tokens are free at once, or when the last pin is released."""
         with self._lock:
-            self._discard(self._find(name))
+            self._discard(self._records.find(name))
 
     def get(self, name: str) -> Entry:
         """The entry of a name, now the most recently used one. Raises PromptNotFoundError."""
         with self._lock:
             try:
-                entry = self._find(name).entry
+                entry = self._records.find(name).entry
             except PromptNotFoundError:
                 self._misses += 1
                 raise
             self._hits += 1
-            self._records.move_to_end(name)
+            self._records.use(name)
             return entry
 
     @contextmanager
@@ -181,24 +160,24 @@ class PromptBank:
         names = tuple(names)
         with self._lock:
             entries = tuple(self.get(name) for name in names)
-            records = [self._records[entry.name] for entry in entries]
+            records = [self._records.find(entry.name) for entry in entries]
             for record in records:
-                record.pins += 1
-                self._pinned[record.entry.start] = record
+                self._records.pin(record)
         try:
             yield entries
         finally:
             with self._lock:
                 for record in records:
-                    self._unpin(record)
+                    if self._records.unpin(record):
+                        self._release(record)
 
     def stats(self) -> BankStats:
         """Counts and sizes, all of the same moment."""
         with self._lock:
             return BankStats(
                 prompts=len(self._records),
-                pinned=len(self._pinned),
-                retired=sum(not self._is_live(record) for record in self._pinned.values()),
+                pinned=len(self._records.pinned),
+                retired=self._records.retired,
                 tokens=self._extents.used,
                 capacity=self._arena.tokens,
                 largest_free=self._extents.largest,
@@ -218,42 +197,25 @@ class PromptBank:
 
     # Everything below runs under the lock.
 
-    def _find(self, name: str) -> _Record:
-        record = self._records.get(name)
-        if record is None:
-            near = difflib.get_close_matches(str(name), islice(self._records, _NAMES_COMPARED))
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "put it first"
-            raise PromptNotFoundError(f"name {name!r} is not among the bank's {len(self._records)} prompts; {hint}")
-        return record
-
-    def _is_live(self, record: _Record) -> bool:
-        return self._records.get(record.entry.name) is record
-
-    def _insert(self, name: str, prefix: Prefix, version: str, old: _Record | None) -> Entry:
+    def _insert(self, name: str, prefix: Prefix, version: str, old: Record | None) -> Entry:
         start = self._make_room(name, prefix.length, old)
         self._arena.write(start, prefix)
         self._extents.take(start, prefix.length)
-        if old is not None and self._is_live(old):
+        if old is not None and self._records.is_live(old):
             self._discard(old)
-        record = _Record(Entry(name, version, start, prefix.length, prefix.layers))
-        self._records[name] = record
-        return record.entry
+        entry = Entry(name, version, start, prefix.length, prefix.layers)
+        self._records.add(entry)
+        return entry
 
-    def _discard(self, record: _Record) -> None:
+    def _discard(self, record: Record) -> None:
         """Take a version's name away, and its tokens unless somebody still reads them."""
-        del self._records[record.entry.name]
-        if not record.pins:
-            self._extents.release(record.entry.start, record.entry.length)
+        if self._records.remove(record):
+            self._release(record)
 
-    def _unpin(self, record: _Record) -> None:
-        record.pins -= 1
-        if record.pins:
-            return
-        del self._pinned[record.entry.start]
-        if not self._is_live(record):
-            self._extents.release(record.entry.start, record.entry.length)
+    def _release(self, record: Record) -> None:
+        self._extents.release(record.entry.start, record.entry.length)
 
-    def _make_room(self, name: str, length: int, old: _Record | None) -> int:
+    def _make_room(self, name: str, length: int, old: Record | None) -> int:
         """Start of a hole of `length` tokens, made by sliding, growing or evicting; `old` may go as it is replaced."""
         start = self._extents.find(length)
         if start is not None:
@@ -265,8 +227,8 @@ class PromptBank:
             size = self._arena.shape.token_bytes
             raise BankFullError(
                 f"prompt {name!r} needs {length * size} bytes ({length} tokens) in one piece, at most "
-                f"{available * size} of {self._arena.nbytes} can be freed around {len(self._pinned)} pinned prompts; "
-                "raise the bank's bytes, or release pins first"
+                f"{available * size} of {self._arena.nbytes} can be freed around {len(self._records.pinned)} pinned "
+                "prompts; raise the bank's bytes, or release pins first"
             )
         for victim in victims:
             self._discard(victim)
@@ -274,16 +236,16 @@ class PromptBank:
         start = self._extents.find(length)
         return self._slide(room, length) if start is None else start
 
-    def _plan_room(self, length: int, old: _Record | None) -> tuple[Room | None, list[_Record], int]:
+    def _plan_room(self, length: int, old: Record | None) -> tuple[Room | None, list[Record], int]:
         """The first room that could hold `length` tokens, who must leave it, and the most tokens a room could free.
 
         Changes nothing. Leaves out victims whose going would not help: those in other rooms.
         """
-        rooms = Rooms(self._extents, [(r.entry.start, r.entry.length) for r in self._pinned.values()])
+        rooms = Rooms(self._extents, [(r.entry.start, r.entry.length) for r in self._records.pinned])
         best = max(rooms, key=lambda room: room.free)
         if best.free >= length:
             return best, [], best.free
-        victims: dict[Room, list[_Record]] = {room: [] for room in rooms}
+        victims: dict[Room, list[Record]] = {room: [] for room in rooms}
         for victim in self._candidates(old):
             room = rooms.at(victim.entry.start)
             room.free += victim.entry.length
@@ -292,16 +254,16 @@ class PromptBank:
                 return room, victims[room], room.free
         return None, [], max(room.free for room in rooms)
 
-    def _candidates(self, old: _Record | None) -> Iterator[_Record]:
+    def _candidates(self, old: Record | None) -> Iterator[Record]:
         """Who may leave, in order: the version being replaced, and, with a budget, the least recently used."""
         if old is not None and not old.pins:
             yield old
         if self._budget is not None:
-            yield from (record for record in self._records.values() if record is not old and not record.pins)
+            yield from (record for record in self._records if record is not old and not record.pins)
 
     def _slide(self, room: Room, length: int) -> int:
         """Move a room's entries down, each past the holes before it, until a hole of `length` tokens opens."""
-        inside = [r for r in self._records.values() if room.low <= r.entry.start < room.high]
+        inside = [r for r in self._records if room.low <= r.entry.start < room.high]
         cursor = room.low
         for record in sorted(inside, key=lambda r: r.entry.start):
             entry = record.entry

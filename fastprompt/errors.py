@@ -39,6 +39,14 @@ class PromptFileError(FastPromptError, ValueError):
     """A stored prompt is missing, truncated, altered or in a format that is not read."""
 
 
+class PromptChangedError(PromptFileError):
+    """A stored prompt was replaced or removed after it was looked up: look it up again."""
+
+
+class ConflictError(FastPromptError, RuntimeError):
+    """A stored prompt is not the version that a write was to replace; nothing was changed."""
+
+
 class UnsupportedError(FastPromptError, NotImplementedError):
     """The backbone's architecture cannot do what was asked."""
 

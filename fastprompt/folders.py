@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from fastprompt.errors import DuplicatePromptError, PromptFileError
 
+_LEFTOVER = re.compile(r"\.(.+)\.(new|old|gone)", re.DOTALL)
+
 
 def replace_folder(
-    path: str | os.PathLike[str], files: Mapping[str, bytes], *, overwrite: bool, owned: Collection[str] | None = None
+    path: str | os.PathLike[str],
+    files: Mapping[str, bytes],
+    *,
+    overwrite: bool,
+    owned: Collection[str] | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write `files` (name -> content) as the folder `path`, replacing a former version in one step.
 
@@ -22,7 +30,8 @@ def replace_folder(
         rename .NAME.new -> NAME          # crash: the new version stands
         remove .NAME.old
     Writers of one parent folder take turns (a lock on the parent, where the platform has one). Leftovers of a crash
-    are put right by the next write. Errors: DuplicatePromptError if `path` exists and `overwrite` is false;
+    are put right by the next write. `check` is called while no other writer may write: what it raises stops the write.
+    Errors: DuplicatePromptError if `path` exists and `overwrite` is false;
     PromptFileError if `path` holds anything besides `owned` (default: the names in `files`). Either way nothing
     changed.
     """
@@ -32,12 +41,52 @@ def replace_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.parent):
             _recover(target)
+            check()
             _check_replaceable(target, overwrite, set(owned or files))
             _write(_new(target), files)
             _swap(target)
     except OSError as error:
         raise PromptFileError(f"cannot write {target}: {error}; nothing was changed") from error
     return target
+
+
+def remove_folder(
+    path: str | os.PathLike[str], *, owned: Collection[str], check: Callable[[], object] = lambda: None
+) -> None:
+    """Remove the folder `path` in one step: a reader finds all of it or nothing, a crash leaves all of it or nothing.
+
+    `check` and the errors are as in `replace_folder`; a folder that is not there is a PromptFileError.
+    """
+    target = Path(os.path.realpath(path))
+    check_name(target.name)
+    try:
+        with _lock(target.parent):
+            _recover(target)
+            check()
+            _check_replaceable(target, True, set(owned))
+            os.rename(target, _gone(target))
+            _sync(target.parent)
+            shutil.rmtree(_gone(target), ignore_errors=True)
+    except OSError as error:
+        raise PromptFileError(f"cannot remove {target}: {error}; nothing was changed") from error
+
+
+def recover_folders(parent: str | os.PathLike[str]) -> None:
+    """Put right what crashed writers left in the folder `parent`, as their next writes would."""
+    with contextlib.suppress(OSError):  # a folder that cannot be written is read as it is
+        with os.scandir(parent) as entries:
+            left = {match[1] for entry in entries if (match := _LEFTOVER.fullmatch(entry.name))}
+        if left:
+            with _lock(Path(parent)):  # so no writer is at work
+                for name in left:
+                    _recover(Path(parent, name))
+
+
+def folder_name(entry: str) -> str | None:
+    """The name of the folder that a directory entry stands for: its own, or what a crash left; None for others."""
+    if match := _LEFTOVER.fullmatch(entry):
+        return match[1] if match[2] == "old" else None
+    return None if entry.startswith(".") else entry
 
 
 def current_folder(path: str | os.PathLike[str]) -> Path:
@@ -69,6 +118,10 @@ def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
+def _gone(target: Path) -> Path:
+    return target.with_name(f".{target.name}.gone")
+
+
 def _recover(target: Path) -> None:
     """Put right what a crashed writer left."""
     old, new = _old(target), _new(target)
@@ -77,8 +130,9 @@ def _recover(target: Path) -> None:
             shutil.rmtree(old)
         else:
             os.rename(old, target)
-    if new.exists():
-        shutil.rmtree(new)
+    for rest in (new, _gone(target)):
+        if rest.exists():
+            shutil.rmtree(rest)
 
 
 def _check_replaceable(target: Path, overwrite: bool, owned: Collection[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
@@ -24,6 +24,13 @@ from fastprompt.store import prompt_digest
 
 def _key(name: str) -> str:
     return quote(name, safe="").replace(".", "%2E")  # a module's name takes no dots
+
+
+def bank_for(backbone: Backbone, parts: Collection[str], bytes: int | None) -> PromptBank:
+    """An empty bank for a backbone's prompts, with room for the `parts` that they enter."""
+    room = {site for part in parts for site in backbone.spec.part(part)}
+    shapes = [s if i in room else replace(s, kv_heads=0) for i, s in enumerate(backbone.spec.sites)]
+    return PromptBank(shapes, dtype=backbone.dtype, devices=backbone.layer_devices, bytes=bytes)
 
 
 class PromptLibrary(nn.Module):
@@ -122,12 +129,7 @@ class PromptLibrary(nn.Module):
     def bank(self) -> PromptBank:
         """The device arena of prefixes, made on first use."""
         if self._bank is None:
-            backbone, spec = self._backbone, self._backbone.spec
-            room = {site for part in self._bank_parts for site in spec.part(part)}
-            shapes = [s if i in room else replace(s, kv_heads=0) for i, s in enumerate(spec.sites)]
-            self._bank = PromptBank(
-                shapes, dtype=backbone.dtype, devices=backbone.layer_devices, bytes=self._bank_bytes
-            )
+            self._bank = bank_for(self._backbone, self._bank_parts, self._bank_bytes)
         return self._bank
 
     def _trains(self, name: str) -> bool:

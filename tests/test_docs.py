@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zoo
 
-from fastprompt import PromptedModel, env, store
+from fastprompt import PromptedModel, env, prompt_format
 from fastprompt.demo import ASSETS, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +119,7 @@ def test_environment_variables_are_read_in_one_module():
 
 
 def test_every_key_of_a_stored_prompt_is_documented():
-    assert [row[0] for row in table(ROOT / "docs" / "bank-and-store.md", "key")] == list(store._FIELDS)
+    assert [row[0] for row in table(ROOT / "docs" / "bank-and-store.md", "key")] == list(prompt_format.FIELDS)
 
 
 def test_the_table_of_what_runs_agrees_with_the_backbones():

@@ -63,13 +63,17 @@ def read_peft(path: str | os.PathLike[str], spec: BackboneSpec, *, task_id: int 
     `spec`; UnsupportedError for an adapter that is not one of `SUPPORTED`.
     """
     folder = current_folder(path)
-    config = _adapter_config(folder)
-    try:
-        content = (folder / WEIGHTS).read_bytes()
-    except OSError:
-        raise other_format(folder, WEIGHTS) from None
-    tensors = read_tensors(content, str(folder / WEIGHTS))
+    config = _adapter_config(_content(folder, CONFIG), str(folder / CONFIG))
+    tensors = read_tensors(_content(folder, WEIGHTS), str(folder / WEIGHTS))
     return prompt_from_peft(config, tensors, spec, task_id=task_id, where=str(folder))
+
+
+def prompt_from_peft_files(
+    config: bytes, weights: bytes, spec: BackboneSpec, *, task_id: int | None = None, where: str = "the adapter"
+) -> SoftPrompt:
+    """As `read_peft`, from the contents of the two files; `where` names their folder in errors."""
+    fields = _adapter_config(config, f"{where}/{CONFIG}")
+    return prompt_from_peft(fields, read_tensors(weights, f"{where}/{WEIGHTS}"), spec, task_id=task_id, where=where)
 
 
 def prompt_from_peft(
@@ -99,15 +103,20 @@ def prompt_from_peft(
     return prompt
 
 
-def _adapter_config(folder: Path) -> Mapping[str, Any]:
+def _content(folder: Path, name: str) -> bytes:
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        return (folder / name).read_bytes()
     except OSError:
-        raise other_format(folder, CONFIG) from None
-    except ValueError as error:
-        raise PromptFileError(f"{folder / CONFIG} is not JSON ({error}): it is truncated or altered") from None
+        raise other_format(folder, name) from None
+
+
+def _adapter_config(content: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PromptFileError(f"{where} is not JSON ({error}): it is truncated or altered") from None
     if not isinstance(config, dict):
-        raise PromptFileError(f"{folder / CONFIG} holds a {type(config).__name__}, expected an object")
+        raise PromptFileError(f"{where} holds a {type(config).__name__}, expected an object")
     return config
 
 
