@@ -15,6 +15,7 @@ from fastprompt.batch import PrefixBatch
 if TYPE_CHECKING:
     from fastprompt.heads import RowHeads
     from fastprompt.in_place import VirtualTokens
+    from fastprompt.integrations.transformers.paged import PagedMask
 
 
 @dataclass
@@ -44,7 +45,8 @@ class Call:
 
     `owner` is the backbone that is meant: another model may run meanwhile (an assistant).
     `record` receives `layer -> (key, value)` while a prompt is compiled; `probe` every attention call while a
-    backbone is inspected. `placed` tells whether the `virtual` tokens have reached the backbone.
+    backbone is inspected. `placed` tells whether the `virtual` tokens have reached the backbone. `paged` is the step of
+    a serving engine, whose rows are packed.
     """
 
     owner: Owner
@@ -54,6 +56,7 @@ class Call:
     heads: RowHeads | None = None
     virtual: VirtualTokens | None = None
     placed: bool = False
+    paged: PagedMask | None = None
     expanded: dict[int, PrefixBatch] = field(default_factory=dict)
 
     @property

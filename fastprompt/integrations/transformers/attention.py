@@ -14,6 +14,7 @@ from fastprompt import ops
 from fastprompt.batch import LayerRows
 from fastprompt.context import AttentionCall, Call
 from fastprompt.integrations.transformers.masks import EAGER_NAME, PrefixMask, mask_function
+from fastprompt.integrations.transformers.paged import PagedMask
 from fastprompt.integrations.transformers.relative_bias import RelativeBias
 
 NAME = "fastprompt"
@@ -42,6 +43,11 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention over a row's prefix and its own keys: `[B, Hq, N, D]` queries to `[B, N, Hq, Dv]` outputs."""
+    if isinstance(attention_mask, PagedMask):
+        site: Any = module.fastprompt_site
+        (layer,) = site.layers
+        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        return attention_mask.attend(layer, query, key, value, scale=scaling, softcap=softcap, sinks=sinks), None
     if not isinstance(attention_mask, PrefixMask):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -18,6 +18,7 @@ from transformers.masking_utils import (
 from fastprompt.batch import PrefixBatch
 from fastprompt.context import Call, active
 from fastprompt.errors import UnsupportedError
+from fastprompt.integrations.transformers.paged import PagedMask
 
 EAGER_NAME = "fastprompt_eager"
 
@@ -102,12 +103,14 @@ def mask_function(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Any:
-    """Build the mask of one forward: a `PrefixMask` under an active call, transformers' own otherwise."""
+    """Build the mask of one forward: fastprompt's own under an active call, transformers' otherwise."""
     if isinstance(attention_mask, PrefixMask):  # prepared before a compiled forward
         return attention_mask
     call = active()
     call = call if call is not None and call.owner.has(config) else None
     sizes = dict(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset)
+    if call is not None and call.paged is not None:
+        return _paged(call.paged, mask_function, config)
     bare = call is None or (call.batch is None and not call.observes)
     if bare and config._attn_implementation != EAGER_NAME:
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
@@ -123,6 +126,17 @@ def mask_function(
             _add_chunks(mask, known.chunk, sizes, device, dtype)
     mask.observer = call if call is not None and call.observes else None
     return mask
+
+
+def _paged(step: PagedMask, function: Callable[..., Any], config: Any) -> PagedMask:
+    """A packed step's mask for layers whose pattern `function` describes."""
+    known = structure_of(function)
+    if known is None or not known.causal or known.chunk is not None:
+        raise UnsupportedError(
+            f"{config.model_type} has an attention pattern that packed rows cannot have: expected causal attention, "
+            "with a sliding window or without"
+        )
+    return step.within(known.window)
 
 
 def _index(value: int | torch.Tensor, rows: int, device: torch.device | str) -> torch.Tensor:
