@@ -13,6 +13,7 @@ from fastprompt.cli.generate import generate
 from fastprompt.cli.info import info
 from fastprompt.cli.inspect import inspect
 from fastprompt.cli.output import Commands
+from fastprompt.cli.serve import serve
 from fastprompt.cli.sweep import sweep
 from fastprompt.cli.train import train
 
@@ -51,3 +52,4 @@ app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("train")(train)
 app.command("sweep")(sweep)
+app.command("serve")(serve)
