@@ -13,6 +13,10 @@ COMMANDS = {  # name -> (module with `add_arguments(parser)` and `run(args) -> e
     "train-cost": ("bench.train_cost", "a training step against PEFT and the bare backbone, on the CPU"),
     "prefix-attention": ("bench.prefix_attention", "attention to prefixes read in place against torch's, on the CPU"),
     "prefix-attention-memory": ("bench.prefix_attention_memory", "what prefix attention allocates and keeps"),
+    "gpu-check": ("bench.gpu_check.command", "the kernels on this machine's NVIDIA GPU: right or not, and how fast"),
+    "serving-engine": ("bench.serving_engine", "the serving engine against generate, without HTTP, on the CPU"),
+    "registered-prompts": ("bench.registered_prompts", "a registry of 100,000 prompts against one of 10"),
+    "serving-load": ("bench.serving_load", "the server under load: a thousand tenants through HTTP, against PEFT"),
     "quality": ("bench.quality.command", "trained prompts on real data and weights against other ways to learn"),
 }
 
