@@ -45,8 +45,8 @@ class Call:
 
     `owner` is the backbone that is meant: another model may run meanwhile (an assistant).
     `record` receives `layer -> (key, value)` while a prompt is compiled; `probe` every attention call while a
-    backbone is inspected. `placed` tells whether the `virtual` tokens have reached the backbone. `paged` is the step of
-    a serving engine, whose rows are packed.
+    backbone is inspected. `placed` tells whether the `virtual` tokens have reached the backbone. In a `blind`
+    forward attention gives zeros. `paged` is the step of a serving engine, whose rows are packed.
     """
 
     owner: Owner
@@ -56,6 +56,7 @@ class Call:
     heads: RowHeads | None = None
     virtual: VirtualTokens | None = None
     placed: bool = False
+    blind: bool = False
     paged: PagedMask | None = None
     expanded: dict[int, PrefixBatch] = field(default_factory=dict)
 

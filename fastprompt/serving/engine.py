@@ -15,7 +15,7 @@ from fastprompt.serving.residency import Residency
 from fastprompt.serving.row import Row
 from fastprompt.serving.runner import Runner, Slice
 from fastprompt.serving.sampling import Choice, Sampler, choose
-from fastprompt.serving.scheduler import Piece, Rules, Scheduler, Tenant
+from fastprompt.serving.scheduler import Admission, Piece, Rules, Scheduler, Tenant
 
 _log = logging.getLogger(__name__)
 
@@ -170,10 +170,10 @@ class Engine:
 
     # rows ------------------------------------------------------------------------------------------------------------
 
-    def _admit(self, row: Row) -> bool:
-        """Acquire the row's prompt, unless it has it from before; False while it is being loaded."""
+    def _admit(self, row: Row) -> Admission:
+        """Acquire the row's prompt, unless it has it from before."""
         if row.prompt is None or row.lease is not None:
-            return True
+            return Admission.READY
         try:
             lease = self.residency.acquire(row.prompt)
         except FastPromptError:
@@ -182,14 +182,14 @@ class Engine:
             _log.exception("prompt %r could not be acquired", row.prompt)
             raise StepError(f"prompt {row.prompt!r} could not be brought to the device: {error!r}") from error
         if lease is None:
-            return False
+            return Admission.CROWDED if self.residency.crowded else Admission.LATER
         try:
             self._check_length(row.text_length, row.generation.params.max_tokens, lease.extent.shift)
         except ArgumentError:
             lease.release()
             raise
         row.lease = lease
-        return True
+        return Admission.READY
 
     def _chain_start(self, row: Row) -> bytes:
         return salt(self._secret, None if row.lease is None else row.lease.version.version)

@@ -72,6 +72,7 @@ class Residency:
         self.on_ready: Callable[[], None] | None = None
         self._backbone = backbone
         self.bank = bank_for(backbone, ("decoder",), device_bytes)
+        self.crowded = False  # whether the last `acquire` found no room beside prompts in use
         self._capacity = None if device_bytes is None else self.bank.stats().capacity
         self._sites = range(len(backbone.spec.sites))
         self._arenas: tuple[int, list[torch.Tensor], list[torch.Tensor]] | None = None
@@ -95,11 +96,13 @@ class Residency:
     def acquire(self, name: str) -> Lease | None:
         """The current version of a prompt, on the device until the lease is released.
 
-        None while it is on its way, or while prompts in use leave no room: ask again after a later `progress`.
+        None while it is on its way, or while prompts in use leave no room (`crowded` is true then): ask again after a
+        later `progress`.
         Errors: PromptNotFoundError; PromptFileError, IncompatiblePromptError; UnsupportedError for virtual tokens in
         place and prompts of encoders; BankFullError for a prompt that will never fit. The next call tries anew.
         """
         self._forget_dropped()
+        self.crowded = False
         version = self._current(name)
         if version.version in self.bank:
             self._counts.device_hits += 1
@@ -238,6 +241,7 @@ class Residency:
             self.bank.put(version.version, copy.prefix(self._backbone.layer_devices), version.version)
         except BankFullError as error:
             if self.bank.stats().pinned > len(self._pins.starts()):
+                self.crowded = True
                 return False
             raise BankFullError(f"prompt {version.name!r} does not fit beside the pinned ones: {error}") from None
         self._counts.promotions += 1

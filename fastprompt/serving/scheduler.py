@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from heapq import heapify, heappop, heappush
 
 from fastprompt.errors import FastPromptError
@@ -13,6 +14,14 @@ from fastprompt.serving.row import Row
 
 Tenant = str | None  # a prompt's name, None for bare rows
 _TRIES = 4  # rows whose prompt is asked for in a step, for each that may run: it may not be there yet
+
+
+class Admission(Enum):
+    """Whether a row has its prompt: yes; not yet, it is on its way; or no, prompts in use leave no room for it."""
+
+    READY = "ready"
+    LATER = "later"
+    CROWDED = "crowded"
 
 
 @dataclass(frozen=True)
@@ -51,15 +60,14 @@ class Scheduler:
                                        that one's newest row past its quantum is preempted
 
     What a prompt was served is counted in tokens; one that comes anew starts level with the least served one.
-    `admit(row)` acquires the prompt: True, False (not yet: try others), or an error that ends the row;
-    `start(row)` gives where its chain of block keys begins.
+    `admit(row)` acquires the prompt, or raises what ends the row; `start(row)` is where its chain of block keys begins.
     """
 
     def __init__(
         self,
         pool: BlockPool,
         rules: Rules,
-        admit: Callable[[Row], bool],
+        admit: Callable[[Row], Admission],
         start: Callable[[Row], bytes],
     ) -> None:
         self.pool, self.rules = pool, rules
@@ -176,10 +184,14 @@ class Scheduler:
     # waiting rows ----------------------------------------------------------------------------------------------------
 
     def _admit_some(self, budget: int, pieces: list[Piece]) -> None:
-        """Admit first rows of prompts' queues, the least served prompt's first, until something runs out."""
+        """Admit first rows of prompts' queues, the least served prompt's first, until something runs out.
+
+        Once a row found no room for its prompt, no later one gets a prompt in this step: so rows that run end, and
+        make room for it, however large it is.
+        """
         queue = [(self._served[tenant], i, tenant) for i, tenant in enumerate(self._waiting)]
         heapify(queue)
-        tries = _TRIES * self.rules.max_rows
+        tries = _TRIES * self.rules.max_rows  # of rows that have no prompt yet
         while queue and budget and len(self._ran) < self.rules.max_rows:
             _, i, tenant = heappop(queue)
             row = self._waiting[tenant][0]
@@ -187,18 +199,20 @@ class Scheduler:
                 if not tries:
                     continue
                 tries -= 1
-            ready = self._acquire(row)
-            if ready and not self._place(row):
+            answer = self._acquire(row)
+            if answer is Admission.READY and not self._place(row):
                 self._short = True
                 return
-            if ready:
+            if answer is Admission.READY:
                 self._unqueue(row)
                 self._ran[row] = 0
                 budget -= self._take(row, min(row.due, budget), pieces)
-            if ready is not False and tenant in self._waiting:
+            elif answer is Admission.CROWDED:
+                tries = 0
+            if answer in (Admission.READY, None) and tenant in self._waiting:
                 heappush(queue, (self._served[tenant], i, tenant))
 
-    def _acquire(self, row: Row) -> bool | None:
+    def _acquire(self, row: Row) -> Admission | None:
         """Whether the row has its prompt; None if it never will."""
         try:
             return self._admit(row)

@@ -218,3 +218,21 @@ def test_nothing_is_kept_of_what_ended(folder):
 
     gc.collect()
     assert not [o for o in gc.get_objects() if isinstance(o, Row)]
+
+
+def test_a_long_prompt_gets_its_room_while_short_ones_keep_coming(folder):
+    """The device holds 40 tokens; p2 has 33, and there is always somebody else with a shorter prompt."""
+    made = engine(folder, device_bytes=40 * 2 * 2 * 2 * 8 * 4)
+    big, came = greedy([5, 6, 7], "p2", 4, ignore_eos=True), []
+
+    def more(events):
+        if len(came) < 300 and len(came) < 8 + len(events):
+            came.append(greedy([8, 9], ("p0", "p1", "p3", "p4")[len(came) % 4], 6, ignore_eos=True))
+            made.add(came[-1])
+        if (big.request_id, 0) in events:
+            ended.append(len(came))
+
+    ended: list[int] = []
+    events = run(made, [greedy([1], "p0", 9), greedy([1], "p1", 9), big], more)
+    assert ended[0] < 150 and len(came) == 300
+    assert tokens(events[big.request_id, 0])

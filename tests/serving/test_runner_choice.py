@@ -57,3 +57,9 @@ def test_mixed_backbones_answer_as_alone(tmp_path):
         ids = torch.tensor([request.token_ids])
         out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
         assert tokens(events[request.request_id, 0]) == (out[:-1] if out[-1] in made.limits.end_tokens else out)
+
+
+@pytest.mark.parametrize("name", list(MIXED))
+def test_they_do_not_compile_embedding_prompts(name):
+    """A prefix would leave out what convolutions and recurrences carry from the prompt to the text."""
+    assert not PromptedModel(_mixed(name))._info.compiles

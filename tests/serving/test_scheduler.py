@@ -10,7 +10,7 @@ from fastprompt.serving.blocks import BlockPool
 from fastprompt.serving.request import Generation, SamplingParams
 from fastprompt.serving.row import Row
 from fastprompt.serving.sampling import Sampler
-from fastprompt.serving.scheduler import Rules, Scheduler
+from fastprompt.serving.scheduler import Admission, Rules, Scheduler
 
 
 def _row(prompt, text=4, new=1000):
@@ -18,7 +18,7 @@ def _row(prompt, text=4, new=1000):
     return Row(Generation(list(range(text)), prompt, params), 0, Sampler(params, 0, text, ()), ())
 
 
-def _scheduler(blocks=1000, admit=lambda row: True, **rules):
+def _scheduler(blocks=1000, admit=lambda row: Admission.READY, **rules):
     return Scheduler(BlockPool(blocks, 4), Rules(**rules), admit, lambda row: repr(row.prompt).encode())
 
 
@@ -130,7 +130,7 @@ def test_short_memory_preempts_the_newest_and_all_end():
 
 def test_prompts_on_their_way_do_not_hold_up_others():
     there = set()
-    scheduler = _scheduler(admit=lambda row: row.prompt in there, max_rows=2)
+    scheduler = _scheduler(admit=lambda row: Admission.READY if row.prompt in there else Admission.LATER, max_rows=2)
     slow, quick = _row("slow", new=1), _row("quick", new=1)
     scheduler.add(slow)
     scheduler.add(quick)
@@ -145,7 +145,7 @@ def test_a_prompt_that_cannot_be_had_fails_its_row_alone():
     def admit(row):
         if row.prompt == "lost":
             raise PromptNotFoundError("lost")
-        return True
+        return Admission.READY
 
     scheduler = _scheduler(admit=admit)
     rows = [_row("lost"), _row("a"), _row("lost")]
@@ -189,11 +189,11 @@ class _OnePrompt:
 
     def admit(self, row):
         if row.lease is None and self.prompt not in (None, row.prompt):
-            return False
+            return Admission.CROWDED
         if row.lease is None:
             self.prompt, row.lease = row.prompt, self
             self.leases += 1
-        return True
+        return Admission.READY
 
     def release(self):
         self.leases -= 1

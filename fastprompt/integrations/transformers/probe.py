@@ -84,6 +84,7 @@ def _with_interface(model: Any, calls: list[AttentionCall]) -> Backbone:
     causal = decoder is not None or all(getattr(c.module, "is_causal", False) for c in calls)
     text, depth = model.config.get_text_config(decoder=True), len(by_part["decoder"])
     whole = depth == getattr(text, "num_hidden_layers", depth)
+    compiles = causal and whole and decoder is None and all(len(v) < 2 for v in layers.values())
     reasons = [f"{len(sites)} of {len(calls)} attention calls take a prefix in place, through the attention interface"]
     if decoder is not None:
         reasons.append(f"parts: {', '.join(f'{part} ({len(by_part[part])})' for part in PARTS)}")
@@ -93,9 +94,21 @@ def _with_interface(model: Any, calls: list[AttentionCall]) -> Backbone:
         shapes={part: [_shape(call) for call in by_part[part]] for part in PARTS},
         devices=[call.key.device for call in sites],
         causal=causal,
-        compiles=causal and whole and decoder is None and all(len(v) < 2 for v in layers.values()),
+        compiles=compiles and _tokens_meet_in_attention_alone(model),
         reasons=reasons,
     )
+
+
+def _tokens_meet_in_attention_alone(model: Any) -> bool:
+    """Whether a decoder has no other way from token to token, such as a convolution or a recurrence beside attention.
+
+    While attention gives zeros, a first token that is not a number must not reach the others.
+    """
+    embeds = model.get_input_embeddings()(_probe_inputs(model)["input_ids"]).clone()
+    embeds[:, 0] = torch.nan
+    with torch.no_grad(), activate(Call(_owner(model), probe=[], blind=True)):
+        states = model.base_model(inputs_embeds=embeds, use_cache=False)[0]
+    return states.is_meta or bool(states[:, 1:].isfinite().all())
 
 
 def _part(call: AttentionCall, decoder: set[nn.Module] | None) -> str | None:
