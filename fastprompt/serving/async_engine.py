@@ -151,7 +151,7 @@ class AsyncEngine:
         if generation.prompt is not None:
             self.registry.current(generation.prompt)
         params = generation.params
-        pieces = [Pieces(self.tokenizer, i, params.stop) for i in range(params.n)]
+        pieces = [Pieces(self.tokenizer, i, params.stop, params.min_tokens) for i in range(params.n)]
         request = self._requests[generation.request_id] = _Request(generation, pieces)
         self._send(lambda: self._add(generation))
         return request

@@ -77,11 +77,13 @@ def build_engine(model: Any, prompts: str | Path, options: EngineOptions | None 
 def make_runner(backbone: Backbone, pool: BlockPool, limits: Limits, rules: Rules) -> Runner:
     """A packed runner where it gives what the backbone alone gives, a padded one elsewhere, with the reason logged.
 
-    On a GPU the packed runner's decoding steps are CUDA graphs, where all layers are on one device.
+    On a GPU the packed runner's decoding steps are CUDA graphs.
     """
     reason = "its attention does not go through the attention interface"
-    if backbone.path == "attention":
-        graphs = backbone.device.type == "cuda" and set(backbone.layer_devices) == {backbone.device}
+    if len(set(backbone.layer_devices)) > 1:
+        reason = "its layers are on several devices"
+    elif backbone.path == "attention":
+        graphs = backbone.device.type == "cuda"
         runner = PackedRunner(backbone, pool.count + graphs, pool.size)
         reason = _difference(backbone, runner)
         if not reason:

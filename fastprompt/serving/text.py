@@ -23,8 +23,8 @@ class Pieces:
     character may show as other replacement characters.
     """
 
-    def __init__(self, tokenizer: Any, index: int, stop: Sequence[str]) -> None:
-        self._tokenizer, self._index, self._stop = tokenizer, index, tuple(stop)
+    def __init__(self, tokenizer: Any, index: int, stop: Sequence[str], min_tokens: int = 0) -> None:
+        self._tokenizer, self._index, self._stop, self._least = tokenizer, index, tuple(stop), min_tokens
         self._tokens: list[int] = []
         self._from = self._to = self._seen = 0  # tokens[from:to] gave text last, tokens[:seen] were looked at
         self._held = ""  # text that may be the beginning of a stop string
@@ -67,7 +67,9 @@ class Pieces:
         return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)
 
     def _find(self, text: str) -> tuple[int, str | None]:
-        """Where the first stop string begins, and which it is."""
+        """Where the first stop string begins, and which it is; none counts before there are `min_tokens`."""
+        if len(self._tokens) < self._least:
+            return -1, None
         places = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         return min(places) if places else (-1, None)
 

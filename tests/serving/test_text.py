@@ -60,6 +60,12 @@ def test_the_first_of_several_stop_strings_counts():
     assert deltas[-1].text == "a" and deltas[-1].stop_reason == "bcde"
 
 
+def test_no_stop_string_counts_before_min_tokens():
+    pieces = Pieces(Bytes(), 0, ("b",), min_tokens=4)
+    deltas = _feed(pieces, list(b"abcdbe"))
+    assert "".join(d.text for d in deltas) == "abcd" and deltas[-1].stop_reason == "b"
+
+
 def test_what_was_held_back_comes_at_the_end():
     deltas = _feed(Pieces(Bytes(), 0, ("END",)), list(b"one EN"))
     assert "".join(d.text for d in deltas) == "one EN"

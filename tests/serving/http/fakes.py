@@ -200,7 +200,7 @@ class FakeEngine:
 
     async def _run(self, generation: Generation) -> AsyncIterator[Delta]:
         params = generation.params
-        pieces = [Pieces(self.tokenizer, i, params.stop) for i in range(params.n)]
+        pieces = [Pieces(self.tokenizer, i, params.stop, params.min_tokens) for i in range(params.n)]
         answers = [
             expected(generation.prompt, list(generation.token_ids), params.max_tokens, i, params.seed)
             for i in range(params.n)
