@@ -225,6 +225,7 @@ class AsyncEngine:
         self._post(self._settle, None)
         try:
             while not self._stop or not self._inbox.empty():
+                self._wake.clear()  # before looking at what it tells of, which may come again meanwhile
                 events = self._commands()
                 if self.engine.busy:
                     steps = self.engine.steps
@@ -233,9 +234,8 @@ class AsyncEngine:
                 else:
                     idle = True
                 self._tell(events)
-                if idle:
+                if idle and not self._stop:
                     self._wake.wait(_IDLE if self.engine.busy else None)
-                    self._wake.clear()
         except Exception as error:
             _log.exception("the engine's thread ended")
             self._post(self._fail, StepError(f"the engine ended: {error!r}"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from types import SimpleNamespace
 
 import pytest
 from serving_cases import alone, engine, greedy, save_prompts, texts
@@ -11,7 +12,7 @@ from fastprompt.errors import ArgumentError, PromptNotFoundError
 from fastprompt.serving.async_engine import AsyncEngine
 from fastprompt.serving.build import EngineOptions, build_engine
 from fastprompt.serving.engine import StepError
-from fastprompt.serving.request import Generation, OverloadedError, SamplingParams
+from fastprompt.serving.request import Generation, OverloadedError, SamplingParams, Tokens
 from fastprompt.serving.scheduler import Rules
 
 
@@ -154,6 +155,47 @@ def test_closing_without_draining_answers_what_runs(folder):
         assert deltas[-1].finish_reason == "abort"
 
     _serve(folder, test, rules=Rules(max_rows=2))
+
+
+class _Nothing:
+    """An engine whose rows end when they are cancelled."""
+
+    busy, steps = False, 0
+    residency = SimpleNamespace(close=lambda: None)
+
+    def stats(self):
+        return None
+
+    def check(self, generation):
+        pass
+
+    def add(self, generation):
+        self.busy = True
+
+    def cancel(self, request_id, index=None):
+        self.busy = False
+        return [Tokens(request_id, 0, (), finish_reason="abort")]
+
+    def step(self):
+        return []
+
+
+def test_closing_at_any_moment_ends():
+    async def once(delay):
+        made = AsyncEngine(_Nothing, Numbers(), "x")
+        await made.start()
+        running = asyncio.create_task(_text(made, greedy([5])))
+        await asyncio.sleep(delay)
+        await made.close()
+        assert not made.alive
+        return await running
+
+    async def main():
+        for i in range(400):
+            _, deltas = await asyncio.wait_for(once(1e-5 * (i % 40)), 60)
+            assert deltas[-1].finish_reason == "abort"
+
+    asyncio.run(main())
 
 
 def test_an_engine_that_cannot_be_built_says_so():
