@@ -17,6 +17,7 @@ COMMANDS = {  # name -> (module with `add_arguments(parser)` and `run(args) -> e
     "serving-engine": ("bench.serving_engine", "the serving engine against generate, without HTTP, on the CPU"),
     "registered-prompts": ("bench.registered_prompts", "a registry of 100,000 prompts against one of 10"),
     "serving-load": ("bench.serving_load", "the server under load: a thousand tenants through HTTP, against PEFT"),
+    "quality-search": ("bench.quality.search", "how the settings for SNIPS were looked for, on validation"),
     "quality": ("bench.quality.command", "trained prompts on real data and weights against other ways to learn"),
 }
 

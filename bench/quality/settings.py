@@ -5,9 +5,17 @@ from __future__ import annotations
 import fastprompt as fp
 from bench.quality.learning import FullRecipe, Recipe
 
-CLINC150 = Recipe(fp.PTuningV2(num_virtual_tokens=16), 1e-2, steps=188, evaluations=2)
+CLINC150 = Recipe(fp.PTuningV2(num_virtual_tokens=16), 1e-2, steps=376, evaluations=4)
 CLINC150_FULL = FullRecipe(learning_rate=2e-4, steps=282)
-SNIPS = Recipe(fp.PTuningV2(num_virtual_tokens=32), 3e-2, steps=2100, batch_size=8, head_learning_rate=1e-2, cuts=1)
+SNIPS = Recipe(
+    fp.PTuningV2(num_virtual_tokens=32, init_std=0.3),
+    learning_rate=3e-2,
+    steps=2800,
+    batch_size=8,
+    head_learning_rate=3e-3,
+    evaluations=8,
+    cuts=1,
+)
 SNIPS_FULL = FullRecipe(learning_rate=2e-4, steps=700)
 SNIPS_PER_INTENT = 400  # questions to train on
 SNIPS_HELD = 100  # questions of each intent for validation: the published validation split is the test
