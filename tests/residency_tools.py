@@ -1,14 +1,20 @@
 """Prompts whose every number is one value, so that a mixture of two shows at once; a registry of them; waiting."""
 
 import functools
+import os
+import random
+import signal
 import threading
+import time
 from contextlib import contextmanager
 
 import torch
 import zoo
 
 from fastprompt import PrefixTuning, PromptedModel, PromptTuning
+from fastprompt.errors import PromptNotFoundError
 from fastprompt.prompt_format import prompt_files
+from fastprompt.serving.registry import PromptRegistry
 from fastprompt.serving.residency import Residency
 
 WAIT = 300.0  # seconds; far above what anything takes, even on a machine that was paused
@@ -39,6 +45,48 @@ def embedding(seed, length=4):
 
 def token_bytes():
     return sum(s.width for s in spec().layers) * backbone().dtype.itemsize
+
+
+def value_of(registry, name):
+    """The number that a stored prompt consists of, None where there is none."""
+    try:
+        weights = registry.load(registry.current(name)).weights()
+    except PromptNotFoundError:
+        return None
+    assert (weights == weights[0, 0]).all()
+    return weights[0, 0].item()
+
+
+def kill_writers(folder, kills):
+    """kill -9 at random moments a process that stores and deletes without end; what is left must be whole.
+
+    For a process of its own: forking takes one without threads and without much memory.
+    """
+    chance = random.Random(0)
+    registry = PromptRegistry(folder, spec())
+    contents = {value: files(value) for value in range(4)}
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            try:
+                _write_without_end(registry, list(contents.values()))
+            finally:
+                os._exit(1)
+        time.sleep(chance.uniform(0.002, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        restarted = PromptRegistry(folder, spec())
+        assert set(restarted.names()) <= {"p", "q"}
+        assert all(value_of(restarted, name) in contents for name in restarted.names())
+        assert sorted(path.name for path in registry.folder.iterdir()) == restarted.names()
+
+
+def _write_without_end(registry, contents):
+    while True:
+        for content in contents:
+            registry.put("p", content)
+            registry.put("q", content)
+        registry.delete("q")
 
 
 def fill(registry, count, length=4):

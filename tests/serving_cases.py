@@ -46,7 +46,8 @@ def save_prompts(folder: Path, count: int = len(METHODS), seed: int = 0) -> list
 
 def engine(folder: Path, **options) -> Engine:
     """An engine over the prompts in a folder."""
-    return build_engine(backbone(), folder, EngineOptions(**{"block_size": 4, "max_model_len": 256, **options}))
+    small = {"block_size": 4, "max_model_len": 256, "device_bytes": 2**22}
+    return build_engine(backbone(), folder, EngineOptions(**(small | options)))
 
 
 def texts(count: int, seed: int = 0, longest: int = 20) -> list[list[int]]:

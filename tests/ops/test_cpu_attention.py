@@ -257,5 +257,5 @@ def test_opcheck():
     args = (*(leaves.tensors.get(name) for name in TENSORS), None, True, 0.3, None, None, True, "cpu")
     torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, args)
     paged = any_paged(Random(5))
-    args = (*paged.args, None, None, 0.3, None, None, True, "cpu")
+    args = (*paged.args, None, None, None, 0.3, None, None, True, "cpu")
     torch.library.opcheck(torch.ops.fastprompt.paged_prefix_attention.default, args)

@@ -31,7 +31,9 @@ def _prompts(model, folder):
 def test_greedy_answers_are_those_of_generate(name, tmp_path):
     model = PromptedModel(zoo.causal(name))
     rows = _prompts(model, tmp_path)
-    options = EngineOptions(block_size=4, max_model_len=64, rules=Rules(max_rows=4, max_batch_tokens=9))
+    options = EngineOptions(
+        block_size=4, max_model_len=64, device_bytes=2**22, rules=Rules(max_rows=4, max_batch_tokens=9)
+    )
     engine = build_engine(zoo.causal(name), tmp_path, options)
     assert isinstance(engine.runner, PaddedRunner) == (name in PADDED)
     requests = [greedy([t % zoo.VOCAB for t in text], rows[i % len(rows)], 8) for i, text in enumerate(texts(7))]

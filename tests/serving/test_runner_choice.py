@@ -29,7 +29,9 @@ def _mixed(name, dtype=torch.float32):
 
 
 def _engine(model, folder):
-    options = EngineOptions(block_size=4, max_model_len=64, rules=Rules(max_rows=4, max_batch_tokens=9))
+    options = EngineOptions(
+        block_size=4, max_model_len=64, device_bytes=2**22, rules=Rules(max_rows=4, max_batch_tokens=9)
+    )
     return build_engine(model, folder, options)
 
 

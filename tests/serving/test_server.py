@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def _server(folder, **options):
-    made = EngineOptions(max_model_len=128, **options)
+    made = EngineOptions(**({"max_model_len": 128, "device_bytes": 2**24} | options))
     engine = AsyncEngine(lambda: build_engine(demo.backbone(), folder, made), demo.tokenizer(), "embedded")
     return Port(create_app(engine))
 
