@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the cases and prints a table; 1 where a check failed or a target (full size, quiet machine) was missed."""
-    size = replace(QUICK) if args.quick else None
+    size = QUICK if args.quick else None
 
     def runner(case: Callable[[Size | None, int | None], Outcome]) -> Callable[[Journal], bool]:
         return lambda journal: case(size, args.rounds or (QUICK.rounds if args.quick else None)).report(

@@ -19,6 +19,7 @@ from fastprompt.serving.residency import Residency
 from fastprompt.serving.text import Pieces
 
 _log = logging.getLogger(__name__)
+_COUNT_EVERY = 0.05  # seconds between counts while steps run
 _IDLE = 0.05  # seconds to wait for a prompt that is being loaded before looking again
 
 
@@ -64,6 +65,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._built: asyncio.Future[None]
         self._stats: EngineStats
+        self._counted = 0.0
 
     @property
     def limits(self) -> Limits:
@@ -116,7 +118,7 @@ class AsyncEngine:
             self.residency.close()
 
     def stats(self) -> EngineStats:
-        """As of the last step."""
+        """As of a moment ago."""
         return self._stats
 
     async def generate(self, generation: Generation) -> AsyncIterator[Delta]:
@@ -160,8 +162,7 @@ class AsyncEngine:
         self._inbox.put(command)
         self._wake.set()
 
-    def _deliver(self, events: list[Tokens], stats: EngineStats) -> None:
-        self._stats = stats
+    def _deliver(self, events: list[Tokens]) -> None:
         for event in events:
             request = self._requests.get(event.request_id)
             if request is not None:
@@ -233,7 +234,7 @@ class AsyncEngine:
                     idle = self.engine.steps == steps
                 else:
                     idle = True
-                self._tell(events)
+                self._tell(events, idle)
                 if idle and not self._stop:
                     self._wake.wait(_IDLE if self.engine.busy else None)
         except Exception as error:
@@ -257,8 +258,12 @@ class AsyncEngine:
             return [Tokens(generation.request_id, 0, (), finish_reason="error", error=known)]
         return []
 
-    def _tell(self, events: list[Tokens]) -> None:
-        self._post(self._deliver, events, self.engine.stats())
+    def _tell(self, events: list[Tokens], idle: bool) -> None:
+        """Hand out what a step gave, now and then with fresh counts: with many prompts, counting takes a while."""
+        now = time.monotonic()
+        if idle or now - self._counted > _COUNT_EVERY:
+            self._stats, self._counted = self.engine.stats(), now
+        self._post(self._deliver, events)
 
     def _post(self, callback: Callable[..., None], *args: Any) -> None:
         """Run something on the loop; without one nobody is left to work for."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +11,7 @@ from fastprompt.batch import PrefixBatch
 from fastprompt.call import PreparedCall
 from fastprompt.context import Call, activate
 from fastprompt.integrations.transformers.backbone import Backbone
-from fastprompt.serving.runner import Arenas, Slice
+from fastprompt.serving.runner import Arenas, Slice, cuts_logits
 
 _TOKENS = 2048  # of a call, padding included, if it has more than one row
 
@@ -26,7 +25,7 @@ class PaddedRunner:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._cuts = "logits_to_keep" in inspect.signature(backbone.model.forward).parameters
+        self._cuts = cuts_logits(backbone)
 
     @torch.inference_mode()
     def run(self, slices: Sequence[Slice], arenas: Arenas) -> Tensor:

@@ -41,6 +41,11 @@ class Slice:
         return range(start, start + len(self.tokens))
 
 
+def cuts_logits(backbone: Backbone) -> bool:
+    """Whether the backbone can leave its output layer out where nobody wants logits."""
+    return "logits_to_keep" in inspect.signature(backbone.model.forward).parameters
+
+
 class Runner(Protocol):
     """What the engine needs of a way to run a step."""
 
@@ -75,7 +80,7 @@ class PackedRunner:
             for dims in ([s.key_dim for s in shapes], [s.value_dim for s in shapes])
         )
         self.cache = PagedCache(keys, values)
-        self._cuts = "logits_to_keep" in inspect.signature(backbone.model.forward).parameters
+        self._cuts = cuts_logits(backbone)
         self._last: tuple[Any, PrefixBatch] | None = None
 
     @staticmethod
