@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,25 +30,31 @@ from fastprompt.training.run import train
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is varied: length, both learning rates, and the spread of the first numbers."""
+    """What is varied: the prompt's config, and both learning rates."""
 
-    virtual_tokens: int
+    config: fp.PTuningV2
     learning_rate: float
     head_learning_rate: float
-    init_std: float = 0.02
 
     @property
     def name(self) -> str:
-        return f"p{self.virtual_tokens}-{self.learning_rate:g}-{self.head_learning_rate:g}-{self.init_std:g}"
+        parts = [self.learning_rate, self.head_learning_rate, *self.varied().values()]
+        return "-".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+
+    def varied(self) -> dict[str, Any]:
+        """What the config says other than by default, an init's text left out."""
+        plain = fp.PTuningV2(num_virtual_tokens=self.config.num_virtual_tokens).to_dict()
+        mine = self.config.to_dict()
+        length = {"num_virtual_tokens": self.config.num_virtual_tokens}
+        return length | {k: v for k, v in mine.items() if v != plain[k] and k != "init_text"}
 
     def job(self, subject: encoder_part.Subject, held: int, steps: int, evaluations: int) -> Job:
-        config = fp.PTuningV2(num_virtual_tokens=self.virtual_tokens, init_std=self.init_std)
         return Job(
             name=self.name,
             task=subject.task,
             train=load(subject.train),
             validation=load(subject.other[:held]),
-            config=config,
+            config=self.config,
             learning_rate=self.learning_rate,
             head_learning_rate=self.head_learning_rate,
             batch_size=8,
@@ -57,30 +64,51 @@ class Candidate:
         )
 
 
-GROUPS = {  # trained together; the second and third came of what the one before showed
+def _table(length: int, rate: float, head: float, std: float = 0.02, **options: Any) -> Candidate:
+    return Candidate(fp.PTuningV2(num_virtual_tokens=length, init_std=std, **options), rate, head)
+
+
+def _words(length: int, rate: float, head: float, **options: Any) -> Candidate:
+    return _table(length, rate, head, init="activations", init_text=_WORDS, **options)
+
+
+_WORDS = (  # what a prompt starts from: words of the questions' kind
+    "add another song by this artist to my playlist ; book a table for four people at a restaurant tonight ; "
+    "what will the weather be in the park next week ; play music from the nineties ; "
+    "rate this novel five out of six stars ; find the movie schedule in the neighborhood"
+)
+GROUPS = {  # trained together; each came of what the ones before showed
     "rates": (
-        Candidate(32, 1e-2, 1e-2),
-        Candidate(32, 3e-2, 1e-2),
-        Candidate(64, 1e-2, 1e-2),
-        Candidate(16, 1e-2, 1e-2),
-        Candidate(32, 5e-3, 5e-3),
-        Candidate(32, 1e-2, 3e-3),
+        _table(32, 1e-2, 1e-2),
+        _table(32, 3e-2, 1e-2),
+        _table(64, 1e-2, 1e-2),
+        _table(16, 1e-2, 1e-2),
+        _table(32, 5e-3, 5e-3),
+        _table(32, 1e-2, 3e-3),
     ),
     "init": (
-        Candidate(32, 3e-2, 3e-3),
-        Candidate(32, 1e-1, 3e-3),
-        Candidate(64, 3e-2, 3e-3),
-        Candidate(32, 3e-2, 3e-3, 1.0),
-        Candidate(32, 3e-2, 3e-3, 0.3),
-        Candidate(32, 3e-2, 1e-3),
+        _table(32, 3e-2, 3e-3),
+        _table(32, 1e-1, 3e-3),
+        _table(64, 3e-2, 3e-3),
+        _table(32, 3e-2, 3e-3, 1.0),
+        _table(32, 3e-2, 3e-3, 0.3),
+        _table(32, 3e-2, 1e-3),
     ),
     "around": (
-        Candidate(32, 3e-2, 3e-3, 0.3),
-        Candidate(64, 3e-2, 3e-3, 0.3),
-        Candidate(32, 3e-2, 1e-2, 0.3),
-        Candidate(32, 3e-2, 1e-2, 0.1),
-        Candidate(32, 6e-2, 1e-2, 0.3),
-        Candidate(32, 1e-2, 5e-3, 0.3),
+        _table(32, 3e-2, 3e-3, 0.3),
+        _table(64, 3e-2, 3e-3, 0.3),
+        _table(32, 3e-2, 1e-2, 0.3),
+        _table(32, 3e-2, 1e-2, 0.1),
+        _table(32, 6e-2, 1e-2, 0.3),
+        _table(32, 1e-2, 5e-3, 0.3),
+    ),
+    "words": (
+        _words(32, 3e-2, 3e-3),
+        _words(32, 1e-2, 3e-3),
+        _words(32, 3e-2, 3e-3, dropout=0.1),
+        _table(32, 3e-2, 3e-3, 0.3, dropout=0.1),
+        _table(32, 3e-3, 3e-3, reparameterization="mlp"),
+        _words(32, 3e-3, 3e-3, reparameterization="mlp"),
     ),
 }
 
@@ -132,8 +160,10 @@ def _search(
             return
         for name, state in progress.states.items():
             score = state.history[-1]["scores"]["f1"]
-            ledger.note("candidate", group=group, **asdict(candidates[name]), step=progress.step, validation=score)
-            print(f"{group:7} {name:24} step {progress.step:5}  validation F1 {100 * score:.2f}", flush=True)
+            chosen = candidates[name]
+            settings = {"learning_rate": chosen.learning_rate, "head_learning_rate": chosen.head_learning_rate}
+            ledger.note("candidate", group=group, **settings, **chosen.varied(), step=progress.step, validation=score)
+            print(f"{group:7} {name:36} step {progress.step:5}  validation F1 {100 * score:.2f}", flush=True)
 
     model = encoder.prompted(str(subject.task.auto_class), subject.task.num_labels() or 1)
     jobs = [c.job(subject, held, args.steps, args.evaluations) for c in candidates.values()]

@@ -11,7 +11,7 @@ from torch import nn
 from fastprompt.errors import ArgumentError
 from fastprompt.prompts.base import PromptConfig, check_int
 from fastprompt.prompts.init import InitSource
-from fastprompt.prompts.prefix_tuning import check_prefix_init, prefix_rows
+from fastprompt.prompts.prefix import check_prefix_init, prefix_rows
 from fastprompt.spec import BackboneSpec
 
 

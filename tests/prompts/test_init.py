@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastprompt.errors import ArgumentError
-from fastprompt.prompts import Cartridge, InitSource, PrefixTuning, PromptTuning
+from fastprompt.prompts import Cartridge, InitSource, PrefixTuning, PromptTuning, PTuningV2
 from fastprompt.spec import BackboneSpec, LayerShape, Prefix, flatten
 
 SPEC = BackboneSpec("fake", 6, 40, (LayerShape(2, 3, 4), LayerShape(1, 5, 2)), causal=True)
@@ -88,7 +88,7 @@ def test_labels_may_fill_the_whole_prompt(source):
     assert torch.equal(config.build(SPEC, source)(), torch.stack([row(source, 7), row(source, 8)]))
 
 
-@pytest.mark.parametrize("method", [PrefixTuning, Cartridge])
+@pytest.mark.parametrize("method", [PrefixTuning, PTuningV2, Cartridge])
 @pytest.mark.parametrize(("count", "ids"), [(2, [4, 8]), (5, [4, 8, 15, 4, 8])])
 def test_activations_are_the_backbones_keys_and_values(source, method, count, ids):
     prompt = method(num_virtual_tokens=count, init="activations", init_text="4 8 15").build(SPEC, source)
@@ -97,6 +97,12 @@ def test_activations_are_the_backbones_keys_and_values(source, method, count, id
     got = prompt()
     assert torch.equal(flatten(got), flatten(expected)) and got.keys[0].dtype == torch.float32
     assert all(p.requires_grad and p.is_leaf for p in prompt.parameters())
+
+
+def test_chosen_layers_start_from_their_own_activations(source):
+    config = PTuningV2(num_virtual_tokens=2, layers=(-1,), init="activations", init_text="4 8")
+    last = source.activations(torch.tensor([4, 8])).only((SPEC.num_layers - 1,)).map(lambda t: t.float())
+    assert torch.equal(flatten(config.build(SPEC, source)()), flatten(last))
 
 
 def test_sampled_inits_repeat_with_a_seed(source):
