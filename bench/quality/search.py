@@ -69,14 +69,9 @@ def _table(length: int, rate: float, head: float, std: float = 0.02, **options: 
 
 
 def _words(length: int, rate: float, head: float, **options: Any) -> Candidate:
-    return _table(length, rate, head, init="activations", init_text=_WORDS, **options)
+    return _table(length, rate, head, init="activations", init_text=settings.SNIPS_WORDS, **options)
 
 
-_WORDS = (  # what a prompt starts from: words of the questions' kind
-    "add another song by this artist to my playlist ; book a table for four people at a restaurant tonight ; "
-    "what will the weather be in the park next week ; play music from the nineties ; "
-    "rate this novel five out of six stars ; find the movie schedule in the neighborhood"
-)
 GROUPS = {  # trained together; each came of what the ones before showed
     "rates": (
         _table(32, 1e-2, 1e-2),
@@ -109,6 +104,14 @@ GROUPS = {  # trained together; each came of what the ones before showed
         _table(32, 3e-2, 3e-3, 0.3, dropout=0.1),
         _table(32, 3e-3, 3e-3, reparameterization="mlp"),
         _words(32, 3e-3, 3e-3, reparameterization="mlp"),
+    ),
+    "around words": (
+        _words(32, 5e-2, 3e-3),
+        _words(64, 3e-2, 3e-3),
+        _words(32, 3e-2, 1e-2),
+        _words(32, 2e-2, 5e-3),
+        _words(32, 3e-4, 3e-3, reparameterization="mlp"),
+        _words(32, 1e-3, 3e-3, reparameterization="mlp", hidden_size=128),
     ),
 }
 
@@ -161,8 +164,8 @@ def _search(
         for name, state in progress.states.items():
             score = state.history[-1]["scores"]["f1"]
             chosen = candidates[name]
-            settings = {"learning_rate": chosen.learning_rate, "head_learning_rate": chosen.head_learning_rate}
-            ledger.note("candidate", group=group, **settings, **chosen.varied(), step=progress.step, validation=score)
+            rates = {"learning_rate": chosen.learning_rate, "head_learning_rate": chosen.head_learning_rate}
+            ledger.note("candidate", group=group, **rates, **chosen.varied(), step=progress.step, validation=score)
             print(f"{group:7} {name:36} step {progress.step:5}  validation F1 {100 * score:.2f}", flush=True)
 
     model = encoder.prompted(str(subject.task.auto_class), subject.task.num_labels() or 1)
