@@ -19,11 +19,7 @@ using released = py::call_guard<py::gil_scoped_release>;
 
 // Hands over torch's thread pool and its way to read tensors; before the first kernel, and once.
 void connect(py::capsule tensors, uintptr_t parallel_for, uintptr_t num_threads) {
-  exchange = tensors.get_pointer<dlpack::Exchange>();
-  if (exchange->major != 1 || !exchange->tensor_from_object) {
-    throw std::runtime_error("torch's DLPack interface has version " + std::to_string(exchange->major) +
-                             ", expected 1");
-  }
+  read_tensors_by(tensors, dlpack::kCpu);
   set_pool({reinterpret_cast<decltype(Pool::parallel_for)>(parallel_for),
             reinterpret_cast<decltype(Pool::num_threads)>(num_threads)});
 }

@@ -1,9 +1,11 @@
-// How arguments of Python become View, Index and IndexTable: part of bindings.cpp, the only file that knows Python.
+// How arguments of Python become View, Index and IndexTable: part of both bindings.cpp, the only files that know
+// Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "dlpack.h"
@@ -13,13 +15,27 @@ namespace fastprompt::python {
 
 namespace py = pybind11;
 
-inline dlpack::Exchange* exchange = nullptr;  // torch's, set when the module is loaded
+inline dlpack::Exchange* exchange = nullptr;  // torch's, set when a module is loaded
+inline int32_t device_type = dlpack::kCpu;    // of the tensors that it takes
 
-// The tensor behind a Python object, which must be a torch.Tensor in main memory.
+// Takes over torch's way to read tensors; before the first of them is read.
+inline void read_tensors_by(py::capsule tensors, int32_t devices) {
+  exchange = tensors.get_pointer<dlpack::Exchange>();
+  device_type = devices;
+  if (exchange->major != 1 || !exchange->tensor_from_object) {
+    throw std::runtime_error("torch's DLPack interface has version " + std::to_string(exchange->major) +
+                             ", expected 1");
+  }
+}
+
+// The tensor behind a Python object, which must be a torch.Tensor in the memory of such a device.
 inline dlpack::Tensor borrow(py::handle object) {
   dlpack::Tensor tensor;
   if (exchange->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
-  if (tensor.device_type != dlpack::kCpu) throw std::runtime_error("a tensor is not in main memory");
+  if (tensor.device_type != device_type) {
+    throw std::runtime_error(device_type == dlpack::kCpu ? "a tensor is not in main memory"
+                                                         : "a tensor is not in the memory of a GPU");
+  }
   tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   return tensor;
 }
@@ -30,10 +46,10 @@ inline bool integers(const dlpack::Tensor& t, int dims) {
 
 // Tensors without elements have no data; they were given all the same. Others without data are not what they seem.
 inline void* data_of(const dlpack::Tensor& t) {
-  static char nothing;
+  alignas(16) static char nothing[16];
   if (t.data) return t.data;
   for (int i = 0; i < t.dims; ++i) {
-    if (t.shape[i] == 0) return &nothing;
+    if (t.shape[i] == 0) return nothing;
   }
   throw std::runtime_error("a tensor with elements has no memory of its own");
 }

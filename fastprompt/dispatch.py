@@ -23,24 +23,29 @@ from fastprompt.errors import ArgumentError, ImplementationError
 OPS = ("prefix_attention", "paged_prefix_attention", "embed_prompts", "merge_states", "grouped_linear")
 IMPLS = ("reference", "cpu", "triton", "flash", "cuda")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # by device type, best first
-_NOT_BUILT = {
+_NO_KERNEL = {
     "cpu": "there is no native kernel for it",
     "triton": "there is no Triton kernel for it, or it is not installed",
     "flash": "flash-attn does not compute it",
-    "cuda": "the native extension fastprompt._native is not installed with CUDA",
+    "cuda": "there is no CUDA kernel for it",
 }
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all but the reference, which takes float64 too
-_DTYPES = {"flash": (torch.bfloat16, torch.float16)}  # of implementations that take fewer
-_DEVICES = {"cpu": "cpu", "triton": "cuda", "flash": "cuda"}  # types of those that take one
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = {"flash": _HALF, "cuda": _HALF}  # of implementations that take fewer
+_DEVICES = {"cpu": "cpu", "triton": "cuda", "flash": "cuda", "cuda": "cuda"}  # types of those that take one
 _LARGEST_HEAD = {"triton": 256, "flash": 256}
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run one op: the module that does it and why it cannot run here (None when it can)."""
+    """One way to run one op: the module that does it and why it cannot run here (None when it can).
+
+    `extra`: nobody needs to be told where it is not there.
+    """
 
     module: str
     obstacle: Callable[[], str | None]
+    extra: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,11 @@ _table: dict[tuple[str, str], Implementation] = {}
 _best_known: dict[tuple[Any, ...], str] = {}  # what was chosen for (op, device, dtypes) where nothing was asked for
 
 
-def register(op: str, impl: str, module: str, obstacle: Callable[[], str | None] = lambda: None) -> None:
+def register(
+    op: str, impl: str, module: str, obstacle: Callable[[], str | None] = lambda: None, extra: bool = False
+) -> None:
     """Enters an implementation into the table; the module is imported on first use."""
-    _table[op, impl] = Implementation(module, obstacle)
+    _table[op, impl] = Implementation(module, obstacle, extra)
     _best_known.clear()
 
 
@@ -68,7 +75,7 @@ def obstacle(op: str, impl: str) -> str | None:
     entry = _table.get((op, impl))
     if entry is not None:
         return entry.obstacle()
-    return _NOT_BUILT.get(impl) or f"{op} has no {impl} implementation"
+    return _NO_KERNEL.get(impl) or f"{op} has no {impl} implementation"
 
 
 def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
@@ -83,7 +90,7 @@ def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype
     """
     wanted = impl or env.default_impl()
     if wanted is None:
-        return _best_known.get((op, device, dtypes)) or _best(op, device, dtypes)
+        return _best(op, device, dtypes)
     origin = "impl" if impl else "FASTPROMPT_IMPL"
     if wanted not in IMPLS:
         raise ArgumentError(f"{origin} is {wanted!r}, expected one of {', '.join(IMPLS)}, or None to let {op} choose")
@@ -95,8 +102,27 @@ def choose(op: str, impl: str | None, device: torch.device, *dtypes: torch.dtype
     return wanted
 
 
+def choose_behind(
+    op: str, refused: str, reason: str, impl: str | None, device: torch.device, dtype: torch.dtype
+) -> str:
+    """What runs a call that `refused`, which was chosen for it, does not take: the next best one.
+
+    Raises `ImplementationError` with the reason where it was asked for.
+    """
+    if asked(impl):
+        raise ImplementationError(f"{refused!r} cannot run {op}: {reason}; use None")
+    return _best(op, device, (dtype,), refused)
+
+
+def asked(impl: str | None) -> bool:
+    """Whether a call, or FASTPROMPT_IMPL, names an implementation."""
+    return bool(impl or env.default_impl())
+
+
 # What torch.compiler.assume_constant_result sets, without importing the compiler: graphs keep what was chosen for them.
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_choosers: tuple[Any, ...] = (choose, choose_behind, asked)
+for _chooser in _choosers:
+    _chooser._dynamo_marked_constant = True
 
 
 def choose_for_heads(op: str, impl: str | None, device: torch.device, dtype: torch.dtype, *sizes: int) -> str:
@@ -104,12 +130,16 @@ def choose_for_heads(op: str, impl: str | None, device: torch.device, dtype: tor
 
     Raises also `ImplementationError` where one that does not take them was asked for.
     """
-    chosen = choose(op, impl, device, dtype)
+    return fitting_heads(op, impl, choose(op, impl, device, dtype), *sizes)
+
+
+def fitting_heads(op: str, impl: str | None, chosen: str, *sizes: int) -> str:
+    """What was chosen, or the reference where it takes no heads of these sizes and was not asked for."""
     largest = _LARGEST_HEAD.get(chosen)
     if largest is None or max(sizes) <= largest:
         return chosen
     reason = f"its heads have {max(sizes)} numbers, expected at most {largest}"
-    if impl or env.default_impl():
+    if asked(impl):
         raise ImplementationError(f"{chosen!r} cannot run {op}: {reason}; use 'reference' or None")
     _say_once(op, chosen, reason)
     return "reference"
@@ -133,15 +163,20 @@ def explain() -> list[Row]:
     return rows
 
 
-def _best(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+def _best(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], refused: str | None = None) -> str:
+    """The best for device and dtypes that is not the one refused, remembered."""
+    known = _best_known.get((op, device, dtypes, refused))
+    if known is not None:
+        return known
     for impl in _PREFERENCE.get(device.type, ("reference",)):
-        if _foreign(impl, device, dtypes):
+        if impl == refused or _foreign(impl, device, dtypes):
             continue
         reason = obstacle(op, impl)
         if reason is None:
-            _best_known[op, device, dtypes] = impl
+            _best_known[op, device, dtypes, refused] = impl
             return impl
-        if (op, impl) in _table:
+        entry = _table.get((op, impl))
+        if entry is not None and not entry.extra:
             _say_once(op, impl, reason)
     raise ImplementationError(f"{op} has no implementation that runs on {device.type}")
 
@@ -204,3 +239,5 @@ for _op in OPS:
     register(_op, "cpu", f"fastprompt._cpu.{_op}", native.obstacle)
     register(_op, "triton", f"fastprompt._triton.{_op}", _triton_obstacle)
 register("prefix_attention", "flash", "fastprompt._flash.prefix_attention", _flash_obstacle)
+_PAGED = "paged_prefix_attention"
+register(_PAGED, "cuda", f"fastprompt._cuda.{_PAGED}", native.cuda_obstacle, extra=True)

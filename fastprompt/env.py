@@ -19,6 +19,11 @@ def cpu_isa() -> str | None:
     return os.environ.get("FASTPROMPT_CPU_ISA") or None
 
 
+def costs() -> str | None:
+    """`FASTPROMPT_COSTS`: file with cost tables of decoding, instead of the package's own."""
+    return os.environ.get("FASTPROMPT_COSTS") or None
+
+
 def triton_interpreted() -> bool:
     """`TRITON_INTERPRET`, Triton's own: its kernels run in Python, on tensors in the CPU's memory."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -39,11 +44,21 @@ def admin_keys() -> list[str]:
     return _listed("FASTPROMPT_ADMIN_KEYS")
 
 
+def vllm_secret() -> str | None:
+    """`FASTPROMPT_VLLM_SECRET`: what the processes of one vLLM server seal requests with."""
+    return os.environ.get("FASTPROMPT_VLLM_SECRET") or None
+
+
+def inherited() -> dict[str, str]:
+    """All variables of this process, for one that it becomes or starts."""
+    return dict(os.environ)
+
+
 def _listed(name: str) -> list[str]:
     return os.environ.get(name, "").replace(",", " ").split()
 
 
 def in_force() -> dict[str, str]:
-    """The variables of this package that are set, by name; keys are not shown."""
+    """The variables of this package that are set, by name; keys and secrets are not shown."""
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTPROMPT_")}
-    return {name: "***" if name.endswith("_KEYS") else value for name, value in found.items()}
+    return {name: "***" if name.endswith(("_KEYS", "_SECRET")) else value for name, value in found.items()}

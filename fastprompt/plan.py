@@ -6,19 +6,25 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
-from fastprompt import env, native
+from fastprompt import costs, env, native
 from fastprompt.errors import ArgumentError
 
-SHARERS = 16  # most rows that read a prefix together
+SHARERS = costs.SHARERS
 _FEWEST_SHARERS = 4
-_STATE_COST = 64  # what a sharing row costs, in tokens of a prefix read once more (docs/kernels.md)
-_LEAST_SAVING = 4096  # such tokens a batch must save to be worth the launch that merges
 _LENGTH_BITS = 32  # a row's sorting key is its start above its length
 _NO_PROMPT = 1 << 64
 _INT32 = torch.iinfo(torch.int32)
+
+
+class Decoding(NamedTuple):
+    """A batch whose rows have one query each: its prompts, and their tokens, each counted once."""
+
+    prompts: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,14 @@ class BatchPlan:
     `sharing` says which rows of one query read their prefix together (`paged_prefix_attention` on GPUs): one int32
     tensor on the device of the op's tensors, `tile_of_row [C] | tiles [C // 4, SHARERS]`. A tile holds the numbers of
     4 to SHARERS rows of one prompt, in order; -1 is no row, or no tile. None where no row shares.
+
+    `decoding` is there where every row is known to have one query.
     """
 
     packed: torch.Tensor
     capacity: int
     sharing: torch.Tensor | None = None
+    decoding: Decoding | None = None
 
     @classmethod
     def build(
@@ -56,7 +65,7 @@ class BatchPlan:
             order = stable_sort(rows, key=(len == 0, start, len))   # rows without a prompt come last, as one group
             group g owns rows order[group_offsets[g] : group_offsets[g + 1]]
             and reads arena tokens group_start[g] .. group_start[g] + group_len[g] - 1
-            its n rows of one query share the reading if n >= 4 and it pays (the model is in docs/kernels.md)
+            its n rows of one query share the reading if n >= 4 and the device's cost table says that it pays
 
         `prefix_start`, `prefix_len`: integers, one a row; a tensor on an accelerator is copied to the host.
         `capacity_rows`: rows the plan has room for, by default the rows given. Rows may later carry other
@@ -76,15 +85,18 @@ class BatchPlan:
             native.load().build_plan(packed, starts, lens, capacity)
         if queries is None:
             return cls(packed, capacity)
-        sharing = _sharing(packed, capacity, _host(queries), len(starts), in_python)
+        counts, rules = _host(queries), costs.table(device)
+        sharing = _sharing(packed, capacity, counts, len(starts), rules, in_python)
         keep = capacity_rows is not None or sharing is not None
         sharing = _nobody(capacity) if sharing is None else sharing
-        return cls(packed, capacity, sharing.to(device, non_blocking=True) if keep else None)
+        lists = sharing.to(device, non_blocking=True) if keep else None
+        return cls(packed, capacity, lists, _decoding(_numbers(starts), _numbers(lens), _numbers(counts)))
 
     def copy_(self, other: BatchPlan) -> BatchPlan:
         """Takes over another plan of the same capacity, in place: for a captured graph, before it is replayed.
 
-        Raises `ArgumentError` when the capacities differ, or the other has `sharing` that this one has no room for.
+        Raises `ArgumentError` when the capacities differ, or the other has `sharing` that this one has no room for, or
+        rows that have not one query where all of this one's have.
         """
         if self.capacity != other.capacity:
             raise ArgumentError(
@@ -93,6 +105,8 @@ class BatchPlan:
             )
         if self.sharing is None and other.sharing is not None:
             raise ArgumentError("plan has no room for sharing, the other has some; build both with queries")
+        if self.decoding is not None and other.sharing is not None and other.decoding is None:
+            raise ArgumentError("plan was built for rows of one query each, the other has rows of more or none")
         self.packed.copy_(other.packed)
         if self.sharing is not None:
             self.sharing.fill_(-1) if other.sharing is None else self.sharing.copy_(other.sharing, non_blocking=True)
@@ -184,17 +198,29 @@ def _pack(starts: list[int], lens: list[int], capacity: int) -> torch.Tensor:
     return torch.frombuffer(array("i", packed), dtype=torch.int32)
 
 
+def _decoding(starts: list[int], lens: list[int], queries: list[int]) -> Decoding | None:
+    if queries.count(1) != len(queries):
+        return None
+    prompts = {extent for extent in zip(starts, lens, strict=True) if extent[1]}
+    return Decoding(len(prompts), sum(length for _, length in prompts))
+
+
 def _sharing(
-    packed: torch.Tensor, capacity: int, queries: list[int] | torch.Tensor, rows: int, in_python: bool
+    packed: torch.Tensor,
+    capacity: int,
+    queries: list[int] | torch.Tensor,
+    rows: int,
+    table: costs.Table,
+    in_python: bool,
 ) -> torch.Tensor | None:
     """`BatchPlan.sharing` on the host, None where no row shares."""
     if len(queries) != rows:
         raise ArgumentError(f"queries has {len(queries)} rows, prefix_start has {rows}; give one entry a row in both")
     lists = _nobody(capacity)
     if in_python:
-        found = _share(packed, capacity, _numbers(queries), lists)
+        found = _share(packed, capacity, _numbers(queries), table, lists)
     else:
-        rules = (SHARERS, _FEWEST_SHARERS, _STATE_COST, _LEAST_SAVING)
+        rules = (SHARERS, _FEWEST_SHARERS, table.state_tokens, table.least_saving)
         found = native.load().share_prefixes(lists, packed, queries, capacity, *rules)
     return lists if found else None
 
@@ -204,7 +230,7 @@ def _nobody(capacity: int) -> torch.Tensor:
     return torch.full((capacity + capacity // _FEWEST_SHARERS * SHARERS,), -1, dtype=torch.int32)
 
 
-def _share(packed: torch.Tensor, capacity: int, queries: list[int], lists: torch.Tensor) -> bool:
+def _share(packed: torch.Tensor, capacity: int, queries: list[int], table: costs.Table, lists: torch.Tensor) -> bool:
     """Fills `BatchPlan.sharing` in plain Python and says whether any row shares; csrc/plan.cpp does the same."""
     order, offsets = unpack(packed)
     lens = packed[3 * capacity + 1 :].tolist()
@@ -214,11 +240,11 @@ def _share(packed: torch.Tensor, capacity: int, queries: list[int], lists: torch
         members = [row for row in order[first:end] if queries[row] == 1]
         count = len(members)
         parts = -(-count // SHARERS)
-        saved = lens[group] * (count - parts) - _STATE_COST * count
+        saved = lens[group] * (count - parts) - table.state_tokens * count
         if count >= _FEWEST_SHARERS and saved > 0:
             saving += saved
             tiles += [members[i * count // parts : (i + 1) * count // parts] for i in range(parts)]
-    if saving < _LEAST_SAVING:
+    if saving < table.least_saving:
         return False
     for i, members in enumerate(tiles):
         rows = torch.tensor(members)

@@ -27,6 +27,16 @@ def test_every_package_is_listed():
     assert found <= set(SETUPTOOLS["packages"])
 
 
+def test_data_is_there_and_no_source_is_left_out():
+    for package, patterns in SETUPTOOLS["package-data"].items():
+        folder = ROOT.joinpath(*package.split("."))
+        assert all(any(folder.glob(pattern)) for pattern in patterns), package
+    kept = (ROOT / "MANIFEST.in").read_text()
+    assert "graft csrc" in kept and "graft kernels" in kept
+    left_out = [words for line in kept.splitlines() if (words := line.split())[0].endswith("exclude")]
+    assert not any(pattern in ("*.cu", "*.cuh", "*.cpp", "*.h", "*.json") for words in left_out for pattern in words)
+
+
 def test_kernels_does_not_shadow_the_package_of_that_name():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 

@@ -9,7 +9,8 @@ from fnmatch import fnmatch
 from bench.attention_cases import Case
 from bench.gpu_check.setting import OURS, Setting
 
-PAGED = f"{OURS}, paged"
+PAGED = f"{OURS}, paged"  # by whatever the op chooses
+CUDA = f"{PAGED}, cuda"
 READY = ("sdpa *", "flex", "varlen", "flash-attn*")  # on keys that were concatenated before the clock starts
 CONCATENATING = ("concatenation + sdpa *",)
 BY_ROW = (*READY, *CONCATENATING, "flashinfer by row")  # each row reads the prefix for itself
@@ -18,15 +19,20 @@ PEERS = (*BY_ROW, "flashinfer cascade")
 
 @dataclass(frozen=True)
 class Target:
-    """The least ratio to the quickest of some contestants, by patterns of their names; or a share of the copy rate."""
+    """The least ratio to the quickest of some contestants, by patterns of their names; or a share of the copy rate.
+
+    With `seconds`, the least ratio of so many to the time taken. `subject`: whose it is, by default the case's.
+    """
 
     text: str
     least: float
     over: tuple[str, ...] = ()
+    subject: str | None = None
+    seconds: float | None = None
 
     @property
     def bandwidth(self) -> bool:
-        return not self.over
+        return not self.over and self.seconds is None
 
     def matches(self, name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in self.over)
@@ -51,6 +57,7 @@ class Timed:
 
 H32_8, H16 = (32, 8), (16, 16)
 _BEST_CONCATENATION = "concatenation + the best SDPA"
+_BEST_BY_ROW = "best peer that reads the prefix per row"
 
 # One prompt for all rows where the target names no number of them: the cheapest for what concatenates.
 TIMED = (
@@ -69,12 +76,28 @@ TIMED = (
     ),
     Timed(
         Case(128, 8, 256, 1, 512, H32_8, 128),
-        (Target("copy bandwidth", 0.6), Target("best peer that reads the prefix per row", 1.3, BY_ROW)),
+        (
+            Target("copy bandwidth", 0.6),
+            Target(_BEST_BY_ROW, 1.3, BY_ROW),
+            Target("CUDA, copy bandwidth", 0.75, subject=CUDA),
+            Target(f"CUDA, {_BEST_BY_ROW}", 1.5, BY_ROW, CUDA),
+        ),
         PAGED,
     ),
     Timed(Case(256, 256, 32, 1, 128, H32_8, 128), (Target("best peer", 1.0, PEERS),), PAGED),
-    Timed(Case(64, 1, 8192, 1, 128, H32_8, 128), subject=PAGED),  # a cartridge
-    Timed(Case(8, 8, 64, 1, 256, H32_8, 128), subject=PAGED),
+    Timed(  # a cartridge
+        Case(64, 1, 8192, 1, 128, H32_8, 128),
+        (
+            Target("CUDA, decoding by row on shared pages", 10.0, ("flashinfer by row",), CUDA),
+            Target("CUDA, FlashInfer cascade", 1.1, ("flashinfer cascade",), CUDA),
+        ),
+        PAGED,
+    ),
+    Timed(
+        Case(8, 8, 64, 1, 256, H32_8, 128),
+        (Target("CUDA, best peer", 1.0, PEERS, CUDA), Target("CUDA, 12 us", 1.0, subject=CUDA, seconds=12e-6)),
+        PAGED,
+    ),
 )
 
 CHECKED = (  # forward, and gradients where a case is one of training

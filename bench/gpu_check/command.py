@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,12 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{report.table(lines)}")
     for path in plots.draw(lines, args.out.with_suffix("")) if args.out else ():
         print(f"drawn: {path}")
+    tables = [line["table"] for line in lines if line["kind"] == "table"]
+    if tables and args.out:
+        path = args.out.with_suffix(".costs.json")
+        usual = json.loads((checkout.ROOT / "fastprompt" / "costs.json").read_text())
+        path.write_text(json.dumps({"tables": tables + usual["tables"]}, indent=2) + "\n")
+        print(f"cost tables, for FASTPROMPT_COSTS: {path}")
     return int(report.failed(lines))
 
 

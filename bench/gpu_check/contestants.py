@@ -63,17 +63,23 @@ def ours(case: Case, setting: Setting) -> Iterator[Contestant]:
     for i, impl in enumerate(setting.impls("prefix_attention", dtype)):
         yield Contestant(_named(OURS, impl, i), lambda c, _, m=impl: [baselines.ours(c, m)], ours=i == 0)
     if case.queries == 1 and not case.backward:
-        for i, impl in enumerate(setting.impls("paged_prefix_attention", dtype)):
-            yield Contestant(_named(PAGED, impl, i), lambda c, _, m=impl: [_over_pages(c, m, True)], ours=i == 0)
-        alone = setting.chosen("paged_prefix_attention", dtype)
-        yield Contestant(f"{PAGED}, nobody shares", lambda c, _: [_over_pages(c, alone, False)], ours=True)
+        yield from _paged(setting, dtype)
+
+
+def _paged(setting: Setting, dtype: torch.dtype) -> Iterator[Contestant]:
+    """The op over pages as it chooses, as each implementation, and with a plan in which nobody shares."""
+    yield Contestant(PAGED, lambda c, _: [over_pages(c, setting.impl, True)], ours=True)
+    impls = setting.impls("paged_prefix_attention", dtype)
+    for impl in impls if setting.on_gpu and setting.impl is None else ():
+        yield Contestant(f"{PAGED}, {impl}", lambda c, _, m=impl: [over_pages(c, m, True)])
+    yield Contestant(f"{PAGED}, nobody shares", lambda c, _: [over_pages(c, impls[0], False)], ours=True)
 
 
 def _named(name: str, impl: str, place: int) -> str:
     return name if place == 0 else f"{name}, {impl}"
 
 
-def _over_pages(case: Case, impl: str, share: bool) -> Entry:
+def over_pages(case: Case, impl: str | None, share: bool) -> Entry:
     """Over a paged cache; `share`: with a plan that says which rows read their prompt together, where that pays."""
 
     def build(x: Inputs) -> baselines.Run:
@@ -92,7 +98,7 @@ def _over_pages(case: Case, impl: str, share: bool) -> Entry:
             x.prefix_k, x.prefix_v, x.start, x.length, plan=plan, impl=impl,
         )  # fmt: skip
 
-    return Entry(f"paged_prefix_attention, impl {impl}", build, partial(unpacked, case))
+    return Entry(f"paged_prefix_attention, impl {impl or 'as the op chooses'}", build, partial(unpacked, case))
 
 
 def unpacked(case: Case, out: Any) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from bench.gpu_check.grid import GRID
 from bench.gpu_check.records import Emit, NotAvailable
 from bench.gpu_check.setting import Setting
 from bench.measure import CheckFailed
-from fastprompt import ops
+from fastprompt import dispatch, ops
 from fastprompt.plan import BatchPlan
 
 _CALLS = (  # of every op one, and attention in the forms that a model and an engine capture
@@ -23,6 +23,8 @@ _CALLS = (  # of every op one, and attention in the forms that a model and an en
     "paged_prefix_attention shared prefixes", "paged_prefix_attention cut into parts", "embed_prompts left",
     "merge_states", "grouped_linear even size",
 )  # fmt: skip
+_DECODING = ("paged_prefix_attention decode, shared prefixes", "paged_prefix_attention decode, cut into parts")
+_BY_CUDA = ", by the CUDA kernel"
 _DTYPE = torch.bfloat16
 _BUSY = 20_000_000  # cycles a stream is kept busy, so that whoever does not wait for it reads too early
 _SIZES = 60  # calls of changing sizes
@@ -32,7 +34,9 @@ def units(setting: Setting) -> Sequence[str]:
     compiled = [f"torch.compile: {name}" for name in _CALLS]
     if not setting.on_gpu:
         return compiled
-    captured = [f"CUDA graph: {name}" for name in _CALLS]
+    by_cuda = [f"{name}{_BY_CUDA}" for name in _DECODING]
+    compiled += [f"torch.compile: {name}" for name in by_cuda]
+    captured = [f"CUDA graph: {name}" for name in (*_CALLS, *_DECODING, *by_cuda)]
     return [*compiled, *captured, "another stream", "another device", "memory"]
 
 
@@ -48,17 +52,28 @@ def run(unit: str, setting: Setting, emit: Emit) -> None:
 
 
 def _build(name: str, setting: Setting, seed: int = 0) -> tuple[Call, str]:
-    call = GRID[name](_DTYPE, seed).to(setting.device)
-    return call, setting.chosen(call.op, _DTYPE)
+    call = GRID[name.removesuffix(_BY_CUDA)](_DTYPE, seed).to(setting.device)
+    if not name.endswith(_BY_CUDA):
+        return call, setting.chosen(call.op, _DTYPE)
+    reason = dispatch.obstacle(call.op, "cuda")
+    if reason:
+        raise NotAvailable(reason)
+    return call, "cuda"
+
+
+def _found_by_cuda() -> list[str]:
+    """Calls by the CUDA kernel, where it runs."""
+    there = dispatch.obstacle("paged_prefix_attention", "cuda") is None
+    return [f"{name}{_BY_CUDA}" for name in _DECODING] if there else []
 
 
 def _compiled(name: str, setting: Setting) -> None:
     """One graph without a break, forward and backward, with the bits of the plain call."""
     call, impl = _build(name, setting)
-    op = getattr(ops, call.op)
+    op, plan = getattr(ops, call.op), call.plan() if name.endswith(_BY_CUDA) else {}
     torch.compiler.reset()
     backend = "inductor" if setting.on_gpu else "aot_eager"
-    function = torch.compile(lambda **tensors: op(**tensors, impl=impl), fullgraph=True, backend=backend)
+    function = torch.compile(lambda **tensors: op(**tensors, **plan, impl=impl), fullgraph=True, backend=backend)
     _equal(call.results(function), call.ours(impl))
 
 
@@ -111,7 +126,7 @@ def _other_extents(call: Call, seed: int) -> Call:
 
 def _stream(setting: Setting) -> None:
     """A call on a stream that is late reads what that stream wrote, and is done when the stream is."""
-    for name in _CALLS:
+    for name in (*_CALLS, *_found_by_cuda()):
         call, impl = _build(name, setting)
         want = call.ours(impl)
         held = call.map(lambda x: torch.zeros_like(x))
@@ -130,7 +145,7 @@ def _device(setting: Setting) -> None:
     """Tensors on a device that is not the current one."""
     if torch.cuda.device_count() < 2:
         raise NotAvailable("there is one GPU")
-    for name in _CALLS:
+    for name in (*_CALLS, *_found_by_cuda()):
         call, impl = _build(name, setting)
         there = call.to("cuda:1")
         with torch.cuda.device(0):

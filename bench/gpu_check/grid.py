@@ -47,6 +47,16 @@ _PAGED: dict[str, dict[str, Any]] = {
         "extents": [(0, 400)] * 17 + [(0, 0), (0, 400)] + [(400, 500)] * 4 + [(900, 30)], "heads": (16, 4),
     },
     "cut into parts": {"counts": [1, 2, 1, 1, 1, 1], "lens": [2900, 800, 4, 1, 2048, 1700]},
+    "decode, shared prefixes": {
+        "counts": [1] * 23, "lens": [1 + 37 * i % 90 for i in range(23)],
+        "extents": [(0, 400)] * 17 + [(0, 0)] + [(400, 500)] * 4 + [(900, 30)], "heads": (16, 4),
+    },
+    "decode, cut into parts": {"counts": [1] * 6, "lens": [2900, 800, 4, 1, 2048, 1700]},
+    "decode, window": {"counts": [1] * 6, "lens": [30, 1, 4, 130, 77, 17], "window": 50, "dim": 96},
+    "decode, small heads": {"counts": [1] * 6, "lens": [30, 1, 4, 130, 77, 17], "heads": (4, 4), "dim": 64},
+    "decode, large heads, softcap, sinks": {
+        "counts": [1] * 6, "lens": [30, 1, 4, 130, 77, 17], "heads": (16, 1), "dim": 256, "softcap": 2.0, "sinks": True,
+    },
     "window, softcap, sinks": {
         "counts": [3, 1, 0, 20, 1, 1], "lens": [30, 1, 4, 130, 77, 17], "window": 50, "softcap": 2.0, "sinks": True,
     },
@@ -77,7 +87,7 @@ def paged(kind: str, dtype: torch.dtype, seed: int = 0) -> Call:
     counts, lens, extents = given.pop("counts"), given.pop("lens"), given.pop("extents", EXTENTS)
     longest = max(n for _, n in extents)
     tokens = max(TOKENS, *(start + n for start, n in extents))
-    heads, dim, size = given.pop("heads", (8, 2)), 128, 16
+    heads, dim, size = given.pop("heads", (8, 2)), given.pop("dim", 128), 16
     gen = torch.Generator().manual_seed(seed)
     pages = [-(-n // size) for n in lens]
     order = torch.randperm(sum(pages) + 3, generator=gen).int()
@@ -152,6 +162,7 @@ def _normal(gen: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 Build = Callable[..., Call]  # of a dtype and a seed: the same shapes, other numbers
+DECODING = tuple(f"paged_prefix_attention {kind}" for kind, given in _PAGED.items() if set(given["counts"]) == {1})
 GRID: dict[str, Build] = {
     **{f"prefix_attention {kind}": partial(attention, kind) for kind in _KINDS},
     **{f"paged_prefix_attention {kind}": partial(paged, kind) for kind in _PAGED},

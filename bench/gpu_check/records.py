@@ -29,6 +29,8 @@ FIELDS: Mapping[str, frozenset[str]] = {  # kind -> what a line of it has at lea
     "check": frozenset({"part", "unit", "who", "errors"}),
     "peer": frozenset({"part", "unit", "name", "state", "detail"}),
     "time": frozenset({"part", "unit", "name", "launch", "buffers", "seconds", "calls", "sets"}),
+    "cost": frozenset({"part", "unit", "path", "shape", "work", "seconds"}),
+    "table": frozenset({"part", "unit", "table"}),
     "floor": frozenset({"part", "unit", "flops", "bytes", "seconds", "bound"}),
     "ratio": frozenset({"part", "unit", "over", "under", "launch", "buffers", "ratio"}),
     "verdict": frozenset({"part", "unit", "target", "least", "value", "over", "met"}),

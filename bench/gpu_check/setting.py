@@ -36,8 +36,11 @@ class Setting:
         return 3 if self.quick else 20
 
     def chosen(self, op: str, dtype: torch.dtype) -> str:
-        """The implementation that is ours; on a GPU never plain PyTorch unless it was asked for."""
-        name = dispatch.choose(op, self.impl, torch.device(self.device), dtype)
+        """The implementation that is ours and takes every call; on a GPU not plain PyTorch unless it was asked for."""
+        device = torch.device(self.device)
+        name = dispatch.choose(op, self.impl, device, dtype)
+        if name == "cuda" and not dispatch.asked(self.impl):
+            name = dispatch.choose_behind(op, name, "it takes decoding rows only", None, device, dtype)
         if self.on_gpu and self.impl is None and name == "reference":
             raise RuntimeError(f"{op} has no kernel that runs here: {dispatch.obstacle(op, 'triton')}")
         return name

@@ -33,9 +33,8 @@ def tell(timed: Timed, needed: Work, entered: Sequence[Entered], setting: Settin
     mode = MODES[0] if setting.on_gpu else MODES[2]
     samples = {one.who.name: one.samples[mode] for one in entered if mode in one.samples}
     for target in timed.targets:
-        emit(
-            "verdict", target=target.text, least=target.least, **judge(target, timed.subject, samples, needed, setting)
-        )
+        judged = judge(target, target.subject or timed.subject, samples, needed, setting)
+        emit("verdict", target=target.text, least=target.least, **judged)
 
 
 def floor(needed: Work, rates: Mapping[str, float]) -> dict[str, Any] | None:
@@ -61,6 +60,8 @@ def _value(
 ) -> tuple[float | None, str]:
     if subject not in samples:
         return None, f"{subject} was not timed"
+    if target.seconds is not None:
+        return target.seconds / _median(samples[subject]), f"{1e6 * target.seconds:g} us"
     if target.bandwidth:
         if "memory" not in rates:
             return None, "the copy bandwidth was not measured"

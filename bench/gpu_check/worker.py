@@ -34,6 +34,7 @@ def main() -> int:
     os.dup2(2, 1)  # what else is printed here is no line of ours
     request = json.loads(sys.stdin.read())
     checkout.find_kernels()
+    checkout.find_extensions()
     part = BY_NAME[request["part"]]
     return work(part, request["units"], Setting(**request["setting"]), request["seconds"], lines)
 

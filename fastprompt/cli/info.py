@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fastprompt.cli.backbones import OptionalBackbone, load_backbone
+from fastprompt.cli.explain import explained, render
 from fastprompt.cli.output import Json, console, emit, fields
 from fastprompt.errors import FastPromptError
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "triton", "vllm")
 
 
-def info(backbone: OptionalBackbone = None, as_json: Json = False) -> None:
+_Shape = Annotated[
+    str | None,
+    typer.Option(
+        "--explain",
+        metavar="SHAPE",
+        help="Explain instead how such a decoding step runs on a GPU, as in "
+        "'rows=128 prompts=8 P=256 S=512 heads=32/8 D=128'.",
+    ),
+]
+
+
+def info(backbone: OptionalBackbone = None, explain: _Shape = None, as_json: Json = False) -> None:
     """Show versions, devices and which implementation of every op runs here; with --backbone its prompt path."""
     from fastprompt import dispatch, env
 
+    if explain is not None:
+        return emit(explained(explain), as_json, render)
     chosen, problem = _chosen()
     data: dict[str, Any] = {
         "versions": _versions(),

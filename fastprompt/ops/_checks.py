@@ -112,7 +112,7 @@ def plan(given: BatchPlan | None, rows: int, impl: str) -> Tensor | None:
         raise ArgumentError(f"plan is a {type(given).__name__}, expected a BatchPlan from BatchPlan.build")
     if given.capacity < rows:
         raise ArgumentError(f"plan has room for {given.capacity} rows, the batch has {rows}; build one for this batch")
-    return None if impl == "triton" else given.packed
+    return None if impl in ("triton", "cuda") else given.packed
 
 
 def sharing(given: BatchPlan | None, like: Tensor) -> Tensor | None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt import dispatch
+from fastprompt import costs, dispatch
+from fastprompt._cuda import limits
 from fastprompt.errors import ArgumentError
 from fastprompt.ops import _checks
 from fastprompt.ops._library import define
@@ -60,7 +61,12 @@ def paged_prefix_attention(
             "paged_prefix_attention has no gradients and an input requires them; call it under torch.no_grad(), "
             "or train with prefix_attention"
         )
-    chosen = dispatch.choose_for_heads("paged_prefix_attention", impl, q.device, q.dtype, q.shape[2], v_cache.shape[3])
+    chosen = dispatch.choose("paged_prefix_attention", impl, q.device, q.dtype)
+    if chosen == "cuda":
+        reason = _left_by_cuda(q, k_cache, v_cache, block_table, prefix_k, prefix_v, window, plan, impl)
+        if reason:
+            chosen = dispatch.choose_behind("paged_prefix_attention", "cuda", reason, impl, q.device, q.dtype)
+    chosen = dispatch.fitting_heads("paged_prefix_attention", impl, chosen, q.shape[2], v_cache.shape[3])
     out, lse = torch.ops.fastprompt.paged_prefix_attention.default(
         q, k_cache, v_cache, block_table, q_start, kv_len, prefix_k, prefix_v, prefix_start, prefix_len, sinks,
         _checks.plan(plan, kv_len.shape[0], chosen), _checks.sharing(plan, q),
@@ -95,6 +101,30 @@ def _check(
     _checks.index("block_table", block_table, (rows, None), "[B, max_blocks]", q)
     _checks.index("prefix_start", prefix_start, (rows,), "[B]", q)
     _checks.index("prefix_len", prefix_len, (rows,), "[B]", q)
+
+
+def _left_by_cuda(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    window: int | None,
+    plan: BatchPlan | None,
+    impl: str | None,
+) -> str | None:
+    """Why a call is not for the CUDA kernel, or None: it does not take it or, unless asked for, another costs less."""
+    rows = block_table.shape[0]
+    problem = limits.problem(q, k_cache, v_cache, prefix_k, prefix_v, rows, plan)
+    if problem or plan is None or plan.decoding is None or dispatch.asked(impl) or torch.compiler.is_compiling():
+        return problem
+    (_, heads, dim), (_, size, kv_heads, _) = q.shape, k_cache.shape
+    prompts, tokens = plan.decoding
+    shape = costs.Decode(
+        rows, max(prompts, 1), tokens // max(prompts, 1), block_table.shape[1] * size, heads, kv_heads, dim, q.itemsize
+    )
+    return costs.cheaper_than_cuda(costs.table(q.device), shape, plan.sharing is not None and window is None)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from bench.ceilings import Work
 from bench.gpu_check import calls, cases, graphs, grid, micro, numerics, plots, records, report, runner, sanitizer
 from bench.gpu_check import command as gpu_check
 from bench.gpu_check.budget import Budget
-from bench.gpu_check.cases import CHECKED, PAGED, PEERS, TIMED, Target
+from bench.gpu_check.cases import CHECKED, CUDA, PAGED, PEERS, TIMED, Target
 from bench.gpu_check.parts import BY_NAME, PARTS, Part
 from bench.gpu_check.records import ERROR, GREEN, NOT_AVAILABLE, NOT_RUN, RED, NotAvailable
 from bench.gpu_check.setting import OURS, Setting
@@ -47,8 +47,13 @@ def test_the_cases_are_those_with_targets() -> None:
         "train B16 prompts16 P128 N512 32/8 D128 causal": {("concatenation + the best SDPA", 1.2)},
         "decode B128 prompts8 P256 S512 32/8 D128": {
             ("copy bandwidth", 0.6), ("best peer that reads the prefix per row", 1.3),
+            ("CUDA, copy bandwidth", 0.75), ("CUDA, best peer that reads the prefix per row", 1.5),
         },
         "decode B256 prompts256 P32 S128 32/8 D128": {("best peer", 1.0)},
+        "decode B64 prompts1 P8192 S128 32/8 D128": {
+            ("CUDA, decoding by row on shared pages", 10.0), ("CUDA, FlashInfer cascade", 1.1),
+        },
+        "decode B8 prompts8 P64 S256 32/8 D128": {("CUDA, best peer", 1.0), ("CUDA, 12 us", 1.0)},
     }  # fmt: skip
     assert len({t.name for t in TIMED}) == len(TIMED) and len({c.name for c in CHECKED}) == len(CHECKED)
     assert all(t.subject == PAGED for t in TIMED if t.case.queries == 1)
@@ -82,6 +87,17 @@ def test_bandwidth_is_unique_bytes_over_time_and_ceiling() -> None:
     found = judge(share, OURS, {OURS: samples(1e-3)}, Work(0.0, 2.8e9), FULL)
     assert found["value"] == pytest.approx(0.7) and found["met"] is True
     assert judge(share, OURS, {OURS: samples(1e-3)}, Work(0.0, 2.8e9), Setting())["met"] is None
+
+
+def test_a_time_is_a_target_too() -> None:
+    target = Target("12 us", 1.0, subject=CUDA, seconds=12e-6)
+    found = judge(target, CUDA, {CUDA: samples(10e-6, 9e-6, 16e-6)}, Work(0.0, 1.0), FULL)
+    assert found == {"value": pytest.approx(1.2), "over": "12 us", "met": True}
+    assert judge(target, CUDA, {OURS: samples(1.0)}, Work(0.0, 1.0), FULL)["met"] is None
+    told: list[dict] = []
+    micro.verdicts.tell(TIMED[5], Work(1.0, 1.0), [], FULL, lambda kind, **values: told.append(values))
+    missing = [x["over"] for x in told if "target" in x]
+    assert missing == [f"{CUDA} was not timed"] * 2  # not ours by another kernel
 
 
 def test_the_floor_is_the_higher_one_of_the_two() -> None:
@@ -369,6 +385,16 @@ def test_what_the_sanitizer_says() -> None:
         with pytest.raises(RuntimeError, match="ended with status"):
             sanitizer.judge("racecheck", status, text)
     sanitizer.run("one process", DRY, print)
+
+
+def test_decoding_in_graphs_is_compared_to_the_bare_backbone() -> None:
+    from bench.gpu_check import end_to_end
+
+    lines = run_unit(end_to_end, "decode in graphs")
+    assert [(x["over"], x["under"]) for x in lines if x["kind"] == "ratio"] == [("bare", "ours")]
+    (verdict,) = (x for x in lines if x["kind"] == "verdict")
+    assert verdict["least"] == 0.97 and verdict["met"] is None
+    assert all(share <= 4 for x in lines if x["kind"] == "check" for share in x["errors"].values())
 
 
 @pytest.mark.parametrize("name", ["forward, mixed", "train", "together 16", "generate"])

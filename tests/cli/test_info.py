@@ -102,3 +102,18 @@ def test_missing_backbone(fails, tmp_path):
     assert "no folder" in fails("info", "--backbone", tmp_path / "absent")
     assert "transformers cannot load" in fails("info", "--backbone", tmp_path)
     assert "transformers cannot load" in fails("info", "--backbone", "no-such-model-anywhere")
+
+
+def test_a_decoding_step_is_explained_without_a_gpu(run):
+    text = run("info", "--explain", "rows=128 prompts=8 P=256 S=512 heads=32/8 D=128").stdout
+    assert "8 tiles of up to 16 rows" in text and "chosen on a GPU: cuda" in text and "not measured" in text
+    data = json.loads(run("info", "--json", "--explain", "rows=8 prompts=8 P=64 S=256 D=80").stdout)
+    assert data["chosen"] == "single" and "80 and 80 numbers" in data["why"] and data["tiles"] == 0
+    assert set(data["paths"]) == {"cuda", "triton", "single"} and data["here"] in dispatch.IMPLS
+    assert all(path["microseconds"] > 0 for path in data["paths"].values())
+    single = json.loads(run("info", "--json", "--explain", "rows=64 prompts=1 P=256 S=1 bytes=4").stdout)
+    assert single["chosen"] == "triton" and "numbers of 4 bytes" in single["why"]
+
+
+def test_what_is_no_shape_is_an_error(fails):
+    assert "has 'rows'" in fails("info", "--explain", "rows prompts")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 USE = Path(__file__).with_name("use.py")
+NATIVE = (".cpp", ".h", ".cu", ".cuh")
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
 
 
@@ -65,10 +66,11 @@ def built(folder: Path) -> tuple[Path, Path]:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert sum(n.startswith("fastprompt/_native.") for n in names) == 1 and "fastprompt/_cpu/__init__.py" in names
+    assert {"fastprompt/costs.json", "fastprompt/_cuda/__init__.py"} <= set(names)
     assert not any(n.startswith(("csrc/", "tests/")) for n in names)
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in NATIVE}
     assert sources <= held, sources - held
     return wheel, sdist
 
@@ -91,7 +93,7 @@ def main(folder: Path) -> None:
     step(f"no compiler: {run(install(folder / 'none', pure), USE, 'reference').strip()}")
     for env, text in (
         (NO_COMPILER | {"FASTPROMPT_BUILD": "cpu"}, "FASTPROMPT_BUILD=cpu, but the C++ kernels cannot be built"),
-        ({"FASTPROMPT_BUILD": "cuda"}, "this version has no CUDA source"),
+        ({"FASTPROMPT_BUILD": "cuda", "CUDA_HOME": "/nonexistent"}, "there is no CUDA compiler (/nonexistent/bin/nvcc"),
         ({"FASTPROMPT_BUILD": "fast"}, "expected one of none, cpu, cuda"),
     ):
         said = run(*build, fails=True, **env)

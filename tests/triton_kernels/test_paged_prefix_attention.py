@@ -1,5 +1,7 @@
 """paged_prefix_attention in Triton: the tests of the op itself, rows cut into parts, prefixes read together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cpu_cases import assert_within, bounds, plain
@@ -13,7 +15,7 @@ from ops.test_paged_prefix_attention import (
     test_unused_slots_may_hold_anything,  # noqa: F401
 )
 
-from fastprompt import ops, plan, reference
+from fastprompt import costs, ops, plan, reference
 from fastprompt.errors import ArgumentError
 from fastprompt.plan import BatchPlan
 
@@ -59,10 +61,10 @@ def eager_sharing(monkeypatch):
     """Rows share whenever there are enough, and prefixes are cut into several parts."""
     from fastprompt._triton import paged_prefix_attention
 
-    monkeypatch.setattr(plan, "_STATE_COST", 0)
+    free = replace(costs.table("cpu"), state_tokens=0, least_saving=1)
+    monkeypatch.setattr(costs, "table", lambda device: free)
     for module in (plan, paged_prefix_attention):
         monkeypatch.setattr(module, "SHARERS", 8)
-    monkeypatch.setattr(plan, "_LEAST_SAVING", 1)
     monkeypatch.setattr(paged_prefix_attention, "_PREFIX_PART", 16)
 
 
