@@ -4,6 +4,7 @@ large     8 layers of width 1024: 32 rows of 32 tokens, 32 new ones, in the engi
           any, against transformers' own `generate` of the whole batch without prompts
 small     the same with 4 layers of width 256, where what Python does counts most
 registry  the same steps with 10 and with 100,000 prompts registered on disk
+memory    the small case in memory for the own tokens of eight rows against memory for all 32
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from bench import measure, outcome
 from bench.backbones import LlamaSize, llama, random_text, twin
 from bench.measure import Agreement, Contestant, Journal
 from bench.outcome import Outcome, Target
+from fastprompt.integrations.transformers.probe import inspect_backbone
 from fastprompt.serving.build import EngineOptions, build_engine
 from fastprompt.serving.engine import Engine
 from fastprompt.serving.request import Generation, SamplingParams
+from fastprompt.serving.runner import PackedRunner
 
 NOISE = 1.02  # a ratio to this is "the same time" even where the machine's own noise is smaller
 _INIT_STD = 0.5  # of random prefixes: about the size of the backbone's own keys and values
 _VIRTUAL = 16
+_BLOCK = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,41 @@ def registry_case(name: str, size: Size, rounds: int) -> Outcome:
     return Outcome(name, samples, (tokens,), [(measure.ratio(samples, large, small), target), (noise, None)])
 
 
+def memory_case(name: str, size: Size, rounds: int) -> Outcome:
+    """All rows at once, where few of them fit at a time: they wait, and some give way and are computed again."""
+    bare = llama(size.backbone)
+    text = random_text(size.backbone, size.rows, size.text)
+    tokens = Agreement("greedy tokens, much and little memory")
+    whole = -(-(size.text + size.new) // _BLOCK)  # blocks of a row at its end
+    block = PackedRunner.block_bytes(inspect_backbone(twin(bare)), _BLOCK)
+    with TemporaryDirectory() as folder:
+        names = _save_prompts(bare, Path(folder), size.prompts)
+        rows = [[None, *names][i % (size.prompts + 1)] for i in range(size.rows)]
+        engines = {
+            label: build_engine(
+                twin(bare), folder, EngineOptions(max_model_len=256, kv_bytes=many * whole * block, block_size=_BLOCK)
+            )
+            for label, many in (("memory for all rows", size.rows), ("for a quarter", max(2, size.rows // 4)))
+        }
+
+        def contestant(engine: Engine) -> Contestant:
+            return Contestant(lambda: _answers(engine, text, rows, size.new), tokens.check)
+
+        contestants = {label: contestant(engine) for label, engine in engines.items()}
+        for entry in contestants.values():
+            entry.check(entry.run())
+        samples = measure.interleave(contestants, rounds)
+        for engine in engines.values():
+            engine.residency.close()
+    much, little = contestants
+    return Outcome(name, samples, (tokens,), [(measure.ratio(samples, little, much), None)])
+
+
 CASES: dict[str, Callable[[Size | None, int | None], Outcome]] = {
     "large": lambda size, rounds: generate_case("large", size or LARGE, rounds or LARGE.rounds, 0.95),
     "small": lambda size, rounds: generate_case("small", size or SMALL, rounds or SMALL.rounds, 0.85),
     "registry": lambda size, rounds: registry_case("registry", size or SMALL, rounds or SMALL.rounds),
+    "memory": lambda size, rounds: memory_case("memory", size or SMALL, rounds or SMALL.rounds),
 }
 
 

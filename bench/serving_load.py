@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 import fastprompt as fp
-from bench import machine
+from bench import machine, options
 from bench.load_client import Answer, Traffic, ask, completion, load
 from bench.measure import CheckFailed, Journal, Spread
 from bench.outcome import VERDICTS, Target
@@ -65,9 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=32, help="connections that ask (default: 32)")
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer (default: 16)")
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT out")
-    parser.add_argument("--quick", action="store_true", help="few tenants and seconds: it runs, and judges nothing")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch in a server (default: 2)")
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+    options.add(parser, "quick", "threads", "out")
 
 
 def run(args: argparse.Namespace) -> int:

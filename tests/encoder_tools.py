@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from fastprompt.serving.registry import PromptVersion
 from fastprompt.store import prompt_digest
 
 TOKENIZER = bert_tokenizer()
+NAMES = (None, "tone", "topic", "tuned", "long")  # of `classifier`, and the bare backbone
 TAGS = ("O", "B-city", "I-city", "B-person", "I-person")
 
 
@@ -106,3 +109,17 @@ async def served(engine: EncoderEngine, use: Callable[[EncoderEngine], Awaitable
         return await use(engine)
     finally:
         await engine.close()
+
+
+def run(engine: EncoderEngine, use: Callable[[EncoderEngine], Awaitable[Any]]) -> Any:
+    return asyncio.run(served(engine, use))
+
+
+def texts(count: int, vocabulary: int = 60, longest: int = 30) -> list[list[int]]:
+    draw = random.Random(count)
+    return [[draw.randrange(5, vocabulary) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+
+
+@torch.no_grad()
+def alone(model: PromptedModel, ids: list[int], prompt: str | None, **options: Any) -> Any:
+    return model(torch.tensor([ids]), prompts=[prompt], **options)

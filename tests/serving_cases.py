@@ -91,3 +91,17 @@ def alone(folder: Path, text, prompt, new: int = 12) -> list[int]:
     out = model.generate(ids, prompts=prompt, max_new_tokens=new, do_sample=False, pad_token_id=0)
     found = out[0, len(text) :].tolist()
     return found[:-1] if found[-1] == 2 else found
+
+
+def mixed(count: int, seed: int = 0, new: int = 12) -> list[Generation]:
+    """Greedy requests under p0 to p5 and under none, in turn."""
+    names = [None, "p0", "p1", "p2", "p3", "p4", "p5"]
+    return [greedy(text, names[i % len(names)], new) for i, text in enumerate(texts(count, seed))]
+
+
+def same_as_alone(folder: Path, requests, events) -> None:
+    """Assert that every request was answered as `PromptedModel.generate` answers it by itself."""
+    for request in requests:
+        found = events[request.request_id, 0]
+        assert tokens(found) == alone(folder, request.token_ids, request.prompt, request.params.max_tokens)
+        assert found[-1].finish_reason in ("stop", "length")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastprompt.errors import ArgumentError, FastPromptError
+from fastprompt.serving.backlog import Backlog
 from fastprompt.serving.engine import Engine, EngineStats, Limits, StepError
 from fastprompt.serving.registry import PromptRegistry
 from fastprompt.serving.request import Delta, Finished, Generation, OverloadedError, Tokens
@@ -25,7 +27,7 @@ _IDLE = 0.05  # seconds to wait for a prompt that is being loaded before looking
 
 @dataclass(eq=False)
 class _Request:
-    """A request under way, on the loop's side."""
+    """A request under way, on the loop's side; its generation has an id of the engine's own."""
 
     generation: Generation
     pieces: list[Pieces]
@@ -46,18 +48,21 @@ class AsyncEngine:
         async for delta in engine.generate(generation): ...   # leaving the loop early cancels the request
         await engine.close(drain=30)                           # what runs may finish, nothing new is taken
 
-    `generate` raises OverloadedError while `max_queued` requests are under way or the engine closes, ArgumentError for
-    a request that can never run, PromptNotFoundError for an unknown prompt, and whatever ended a row, when it did.
+    `generate` raises OverloadedError while `max_queued` requests are under way, or this prompt's share of them, or the
+    engine closes; ArgumentError for a request that can never run, PromptNotFoundError for an unknown prompt, and
+    whatever ended a row, when it did. Requests need no ids of their own: those that share one are kept apart.
     `observe` is called for every request that ended, on the loop. The thread does all of torch's work, the building
     too: a second thread that ever did some would keep a pool of threads of its own.
     """
 
     def __init__(self, build: Callable[[], Engine], tokenizer: Any, name: str, max_queued: int = 1024) -> None:
-        self.tokenizer, self.name, self.max_queued = tokenizer, name, max_queued
+        self.tokenizer, self.name = tokenizer, name
         self.engine: Engine
         self._build = build
         self.observe: Callable[[Finished], None] = lambda finished: None
         self._requests: dict[str, _Request] = {}
+        self._backlog = Backlog(max_queued, "requests")
+        self._numbers = itertools.count()
         self._inbox: queue.SimpleQueue[Callable[[], list[Tokens]]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._closing = self._stop = False
@@ -108,14 +113,14 @@ class AsyncEngine:
         end = time.monotonic() + (drain or 0.0)
         while self._requests and self.alive and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        for request in list(self._requests):
-            self._send(lambda request=request: self.engine.cancel(request))  # type: ignore[misc]
+        for name in list(self._requests):
+            self._send(lambda name=name: self.engine.cancel(name))  # type: ignore[misc]
         self._stop = True
         self._wake.set()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
         if hasattr(self, "engine"):  # it was built
-            self.residency.close()
+            await asyncio.to_thread(self.residency.close)
 
     def stats(self) -> EngineStats:
         """As of a moment ago."""
@@ -143,19 +148,15 @@ class AsyncEngine:
     def _submit(self, generation: Generation) -> _Request:
         if not self.ready:
             raise OverloadedError("the server is starting or closing: try again later", retry_after=5.0)
-        if len(self._requests) >= self.max_queued:
-            raise OverloadedError(
-                f"{len(self._requests)} requests are under way, as many as are taken: try again later", retry_after=1.0
-            )
-        if generation.request_id in self._requests:
-            raise ArgumentError(f"request_id {generation.request_id!r} is under way already: choose another")
         self.engine.check(generation)
         if generation.prompt is not None:
             self.registry.current(generation.prompt)
         params = generation.params
         pieces = [Pieces(self.tokenizer, i, params.stop, params.min_tokens) for i in range(params.n)]
-        request = self._requests[generation.request_id] = _Request(generation, pieces)
-        self._send(lambda: self._add(generation))
+        self._backlog.enter(generation.prompt)
+        own = replace(generation, request_id=f"{generation.request_id}#{next(self._numbers)}")
+        request = self._requests[own.request_id] = _Request(own, pieces)
+        self._send(lambda: self._add(own))
         return request
 
     def _send(self, command: Callable[[], list[Tokens]]) -> None:
@@ -165,8 +166,13 @@ class AsyncEngine:
     def _deliver(self, events: list[Tokens]) -> None:
         for event in events:
             request = self._requests.get(event.request_id)
-            if request is not None:
+            if request is None:
+                continue
+            try:
                 self._hand(request, event)
+            except Exception as error:  # whatever a tokenizer does not like, it must not keep the others' events away
+                _log.exception("tokens could not be made text")
+                request.events.put_nowait(StepError(f"the answer's tokens could not be made text: {error!r}"))
 
     def _hand(self, request: _Request, event: Tokens) -> None:
         pieces = request.pieces[event.index]
@@ -188,7 +194,8 @@ class AsyncEngine:
     def _forget(self, request: _Request) -> None:
         """The caller takes no more of it: cancel what still runs, and say that it ended."""
         name = request.generation.request_id
-        self._requests.pop(name, None)
+        del self._requests[name]
+        self._backlog.leave(request.generation.prompt)
         self._send(lambda: self.engine.cancel(name))
         now = time.monotonic()
         first = None if request.first is None else request.first - request.began

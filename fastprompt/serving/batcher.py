@@ -150,6 +150,7 @@ class Batcher:
         self.running: Counter[str | None] = Counter()
         self._run, self._thread = run, thread
         self._waiting, self._full = asyncio.Event(), asyncio.Event()
+        self._sweeping = False
         self._worker: asyncio.Task[None] | None = None
 
     @property
@@ -165,7 +166,7 @@ class Batcher:
             raise OverloadedError("the batcher is not running: the server is starting or stopping, try again", 1.0)
         loop = asyncio.get_running_loop()
         row = Queued(tenant, width, work, loop.create_future(), 0.0, time.monotonic() + self.limits.max_wait)
-        row.future.add_done_callback(lambda future: self.queue.remove([row]) if future.cancelled() else None)
+        row.future.add_done_callback(self._cancelled)
         self.queue.add(row)
         self._waiting.set()
         if self._fills():
@@ -184,6 +185,16 @@ class Batcher:
         left, self.queue = self.queue.rows, FairQueue()
         _answer(left, [_stopping()] * len(left))
 
+    def _cancelled(self, future: asyncio.Future[Any]) -> None:
+        """Take a row out of the queue, together with all others that were cancelled: one by one takes long."""
+        if future.cancelled() and not self._sweeping:
+            self._sweeping = True
+            future.get_loop().call_soon(self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeping = False
+        self.queue.remove([row for row in self.queue.rows if row.future.done()])
+
     def _fills(self) -> bool:
         return self.queue.tokens >= self.limits.max_tokens or len(self.queue.rows) >= self.limits.max_rows
 
@@ -191,7 +202,7 @@ class Batcher:
         while True:
             await self._waiting.wait()
             await self._gather()
-            self.queue.remove([row for row in self.queue.rows if row.future.done()])
+            self._sweep()
             batch = self.queue.serve(self.limits)
             if not self.queue.rows:
                 self._waiting.clear()

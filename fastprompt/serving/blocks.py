@@ -90,6 +90,10 @@ class BlockPool:
             found.append(block)
         return found
 
+    def alone(self, blocks: Sequence[int]) -> int:
+        """How many of a holder's blocks nobody else holds."""
+        return sum(self._holders[block] == 1 for block in blocks)
+
     def count_match(self, asked: int, found: int) -> None:
         """Count a `match` whose blocks are put to use."""
         self.asked_tokens += asked * self.size

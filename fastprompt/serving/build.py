@@ -61,9 +61,9 @@ def build_engine(model: Any, prompts: str | Path, options: EngineOptions | None 
     backbone = inspect_backbone(model.eval())
     if backbone.encoder_decoder:
         raise UnsupportedError(f"{backbone.spec.describe()} is an encoder-decoder: the engine serves decoders alone")
-    limits = _limits(backbone, options)
-    size = options.block_size
-    pool = BlockPool(_blocks(backbone, limits, options), size)
+    length, size = _longest(backbone, options), options.block_size
+    pool = BlockPool(_blocks(backbone, length, options), size)
+    limits = Limits(length, backbone.spec.vocab_size, _end_tokens(backbone), pool.count * size)
     residency = Residency(
         backbone,
         PromptRegistry(prompts, backbone.spec),
@@ -156,21 +156,25 @@ def _probe_arenas(backbone: Backbone) -> tuple[list[torch.Tensor], list[torch.Te
     return keys, values
 
 
-def _limits(backbone: Backbone, options: EngineOptions) -> Limits:
+def _longest(backbone: Backbone, options: EngineOptions) -> int:
+    """Tokens of a row, the virtual ones too."""
     config = backbone.model.config.get_text_config(decoder=True)
     positions = backbone.max_positions or getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
     length = options.max_model_len or min(positions, _DEFAULT_LENGTH)
     if not 1 <= length <= positions:
         raise ArgumentError(f"max_model_len is {length}, expected 1 to the backbone's {positions} positions")
+    return length
+
+
+def _end_tokens(backbone: Backbone) -> tuple[int, ...]:
     ends = backbone.model.generation_config.eos_token_id
-    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-    return Limits(length, backbone.spec.vocab_size, ends)
+    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
 
-def _blocks(backbone: Backbone, limits: Limits, options: EngineOptions) -> int:
+def _blocks(backbone: Backbone, length: int, options: EngineOptions) -> int:
     size = options.block_size
     block_bytes = PackedRunner.block_bytes(backbone, size)
-    wanted = options.rules.max_rows * -(-limits.max_model_len // size)
+    wanted = options.rules.max_rows * -(-length // size)
     if options.kv_bytes is None:
         return max(1, min(wanted, _KV_BYTES // max(block_bytes, 1)))
     if options.kv_bytes < block_bytes:

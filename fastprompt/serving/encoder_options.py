@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastprompt.errors import ArgumentError
+from fastprompt.errors import ArgumentError, UnsupportedError
 from fastprompt.model import PromptedModel
 from fastprompt.prompts.base import check_int
 from fastprompt.serving.batcher import BatchLimits
@@ -58,7 +58,15 @@ class TextLimits:
 
     def room(self, version: PromptVersion | None) -> int:
         """Tokens a text may have under a prompt."""
-        return min(self.max_length, self.positions - (version.length if version else 0))
+        return max(0, min(self.max_length, self.positions - (version.length if version else 0)))
+
+    def check_prompt(self, version: PromptVersion) -> None:
+        """Raise for a prompt that no text fits behind."""
+        if not self.room(version):
+            raise UnsupportedError(
+                f"prompt {version.name!r} has {version.length} virtual tokens and the backbone {self.positions} "
+                "positions: no text fits under this prompt, store a shorter one"
+            )
 
     def check(self, texts: Sequence[Sequence[int]]) -> None:
         """Raise unless these are token ids of one text or several, none empty."""

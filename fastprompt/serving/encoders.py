@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastprompt.errors import ArgumentError, UnsupportedError
+from fastprompt.errors import ArgumentError, FastPromptError, UnsupportedError
 from fastprompt.model import PromptedModel
 from fastprompt.prompts import SoftPrompt
+from fastprompt.serving.backlog import Backlog
 from fastprompt.serving.batcher import Batcher
 from fastprompt.serving.encoder_options import EncoderOptions, TextLimits
-from fastprompt.serving.encoder_rows import MEAN, EncoderRow, Pooling, RowRunner, task_of
+from fastprompt.serving.encoder_rows import MEAN, EncoderRow, Pooling, RowFailedError, RowRunner, task_of
 from fastprompt.serving.loaded import Loaded, LoadedPrompts, LoadedStats, PromptSource, head_outputs
 from fastprompt.serving.request import Finished, OverloadedError
 
@@ -108,8 +109,9 @@ class EncoderEngine:
             thread=self._torch,
             max_prompts=options.max_prompts,
             max_bytes=options.max_prompt_bytes,
+            check=self.limits.check_prompt,
         )
-        self._rows = 0
+        self._backlog = Backlog(options.max_queued, "texts")
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -194,7 +196,7 @@ class EncoderEngine:
     async def _answer(self, texts: Sequence[Ids], prompt: str | None, pooling: Pooling | None) -> Answer:
         begin = time.monotonic()
         self.limits.check(texts)
-        with self._admitted(len(texts)):
+        with self._admitted(prompt, len(texts)):
             held = await self._prompts.acquire(prompt) if prompt is not None else None
             try:
                 values = await self._run(texts, held, pooling)
@@ -206,25 +208,24 @@ class EncoderEngine:
         return answer
 
     @contextmanager
-    def _admitted(self, rows: int) -> Iterator[None]:
+    def _admitted(self, prompt: str | None, rows: int) -> Iterator[None]:
         """Count a request's rows, or refuse it where there are too many."""
         if rows > self.options.max_queued:
             raise ArgumentError(f"the request has {rows} texts, expected at most {self.options.max_queued}: split it")
         wait = max(1.0, self._batcher.backlog())
         if not self.ready:
             raise OverloadedError("the server is starting or stopping: try again, or another one", wait)
-        if self._rows + rows > self.options.max_queued:
-            raise OverloadedError(
-                f"{self._rows} texts are waiting, {rows} more would exceed {self.options.max_queued}: try again later",
-                wait,
-            )
-        self._rows += rows
+        self._backlog.enter(prompt, rows, wait)
         self._idle.clear()
         try:
             yield
+        except Exception as error:
+            if isinstance(error, FastPromptError) or self.alive:
+                raise
+            raise OverloadedError("the server is stopping: try another one", wait) from error
         finally:
-            self._rows -= rows
-            if not self._rows:
+            self._backlog.leave(prompt, rows)
+            if not self._backlog.total:
                 self._idle.set()
 
     async def _run(self, texts: Sequence[Ids], held: Loaded | None, pooling: Pooling | None) -> list[np.ndarray]:
@@ -248,7 +249,9 @@ class EncoderEngine:
         (tried,) = self._runner([EncoderRow((self._runner.some_id,), key, outputs, pooling)])
         if isinstance(tried, Exception):
             self.model.remove_prompt(key)
-            raise tried
+            if isinstance(tried, FastPromptError):
+                raise tried
+            raise RowFailedError(f"prompt {key.partition('@')[0]!r} cannot run on this backbone: {tried!r}") from tried
 
     @property
     def _embeds(self) -> bool:

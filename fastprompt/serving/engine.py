@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from fastprompt.errors import ArgumentError, FastPromptError
 from fastprompt.serving.blocks import BlockPool, salt
 from fastprompt.serving.request import Generation, Tokens
@@ -26,11 +28,20 @@ class StepError(FastPromptError, RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one row may be: `max_model_len` tokens with text, new tokens and virtual tokens, ids below `vocab_size`."""
+    """What one row may be: `max_model_len` tokens with text, new tokens and virtual tokens, ids below `vocab_size`.
+
+    Text and new tokens together are at most `max_own_tokens`, where memory holds no more; None where it does.
+    """
 
     max_model_len: int
     vocab_size: int
     end_tokens: tuple[int, ...] = ()
+    max_own_tokens: int | None = None
+
+    def room(self, virtual: int) -> int:
+        """Text and new tokens that a row may have behind so many virtual ones."""
+        left = self.max_model_len - virtual
+        return max(0, left if self.max_own_tokens is None else min(left, self.max_own_tokens))
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class Engine:
         self._check_length(len(tokens), params.max_tokens, 0)
 
     def _check_length(self, text: int, new: int, virtual: int) -> None:
-        most = min(self.limits.max_model_len - virtual, self.pool.count * self.pool.size)
+        most = self.limits.room(virtual)
         if text + new > most:
             behind = f" behind {virtual} virtual tokens" if virtual else ""
             raise ArgumentError(
@@ -128,23 +139,14 @@ class Engine:
 
     def step(self) -> list[Tokens]:
         """Run one batch; what came out of it."""
-        self.residency.progress()
+        events = self._progress()
         pieces = self.scheduler.schedule()
-        events = [self._end(row, "error", error=error) for row, error in self.scheduler.failed]
+        events += [self._end(row, "error", error=error) for row, error in self.scheduler.failed]
         self.scheduler.failed.clear()
-        if not pieces:
-            return events
-        try:
-            logits = self.runner.run([_slice(piece) for piece in pieces], self.residency.arenas())
-            complete = [piece.row for piece in pieces if piece.complete]
-            choices = choose([(row.sampler, row.tokens) for row in complete], logits) if complete else []
-        except Exception as error:  # whatever a backbone raises, it must not stop the loop
-            _log.exception("a step of %d rows failed", len(pieces))
-            failure = StepError(f"the backbone failed on a batch of {len(pieces)} rows: {error!r}")
-            return events + [self._end(piece.row, "error", error=failure) for piece in pieces]
-        self.scheduler.ran(pieces)
-        self._count(pieces)
-        return events + [self._take(row, choice) for row, choice in zip(complete, choices, strict=True)]
+        if pieces:
+            self._count(pieces)
+            events += self._run(pieces)
+        return events
 
     def stats(self) -> EngineStats:
         """Counts of this moment."""
@@ -167,6 +169,39 @@ class Engine:
             mix=self._mix,
             rows=self._batch,
         )
+
+    def _progress(self) -> list[Tokens]:
+        """Bring prompts a step nearer; where that fails, rows that wait for one end, and the others go on."""
+        try:
+            self.residency.progress()
+        except Exception as error:  # what concerns one prompt never comes here
+            _log.exception("prompts could not be brought nearer")
+            failure = StepError(f"prompts could not be brought to the device: {error!r}")
+            waiting = [row for rows in self._rows.values() for row in rows if not self._has_prompt(row)]
+            return [self._end(row, "error", error=failure) for row in waiting]
+        return []
+
+    def _has_prompt(self, row: Row) -> bool:
+        return row.prompt is None or row.lease is not None or self.residency.on_device(row.prompt)
+
+    def _run(self, pieces: list[Piece]) -> list[Tokens]:
+        """Run pieces through the backbone and choose what follows; a batch that fails is halved until what fails stands
+        alone."""
+        complete = [piece.row for piece in pieces if piece.complete]
+        try:
+            logits = self.runner.run([_slice(piece) for piece in pieces], self.residency.arenas())
+            choices = choose([(row.sampler, row.tokens) for row in complete], logits) if complete else []
+        except torch.AcceleratorError:  # the device is lost: no later step would succeed either
+            raise
+        except Exception as error:  # whatever a backbone raises, it must not stop the loop
+            if len(pieces) > 1:
+                middle = len(pieces) // 2
+                return self._run(pieces[:middle]) + self._run(pieces[middle:])
+            _log.exception("the backbone failed on a row of prompt %r", pieces[0].row.prompt)
+            failure = StepError(f"the backbone failed on this row: {error!r}")
+            return [self._end(pieces[0].row, "error", error=failure)]
+        self.scheduler.ran(pieces)
+        return [self._take(row, choice) for row, choice in zip(complete, choices, strict=True)]
 
     # rows ------------------------------------------------------------------------------------------------------------
 

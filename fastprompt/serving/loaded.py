@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 from fastprompt.errors import ArgumentError, BankFullError, PromptChangedError, PromptNotFoundError, UnsupportedError
 from fastprompt.heads import RowHeads
 from fastprompt.prompts import SoftPrompt
+from fastprompt.serving.loaded_pins import LoadedPins
 
 if TYPE_CHECKING:
     from fastprompt.serving.registry import PromptVersion
 
-_PINNED_SHARE = 0.75  # of the budgets at most; the rest is for everybody else
 _TRIES = 3  # a prompt may be replaced between the look at its version and the reading
 
 
@@ -54,11 +54,6 @@ class Loaded:
         return head_outputs(self.prompt)
 
 
-def _loaded(pin: asyncio.Task[Loaded]) -> Loaded | None:
-    """What a pin holds, None where it waits or failed."""
-    return pin.result() if pin.done() and not pin.cancelled() and pin.exception() is None else None
-
-
 def head_outputs(prompt: SoftPrompt) -> int | None:
     """Outputs of a prompt's own head, None without one."""
     sizes = RowHeads((prompt.head,), (0,)).labels()
@@ -88,6 +83,7 @@ class LoadedPrompts:
         prompts.release(loaded)
     All methods run on one event loop. `files` is the thread that reads; `add(key, prompt)` and `remove(key)` run on
     `thread`, which alone may touch the model. Where all versions are in use and another has no room, `acquire` waits.
+    `check(version)` raises for one that is of no use here, before it is read.
     """
 
     def __init__(
@@ -100,13 +96,15 @@ class LoadedPrompts:
         thread: Executor,
         max_prompts: int,
         max_bytes: int,
+        check: Callable[[PromptVersion], object] = lambda version: None,
     ) -> None:
         self._registry, self._add, self._remove = registry, add, remove
         self._files, self._thread = files, thread
         self._max_prompts, self._max_bytes = max_prompts, max_bytes
         self._held: OrderedDict[str, Loaded] = OrderedDict()
         self._room = asyncio.Event()
-        self._pins: dict[str, asyncio.Task[Loaded]] = {}
+        self._check = check
+        self._pins = LoadedPins(registry, self.acquire, self.release, max_prompts, max_bytes)
         self._hits = self._loads = self._evictions = self._failures = 0
 
     def stats(self) -> LoadedStats:
@@ -149,31 +147,20 @@ class LoadedPrompts:
 
         Errors: PromptNotFoundError, PromptFileError; BankFullError where pins would leave too little room for others.
         """
-        if name in self._pins:
-            return
-        names = [*self._pins, name]
-        size = sum(self._registry.current(n).bytes for n in names if n in self._registry)
-        if len(names) > _PINNED_SHARE * self._max_prompts or size > _PINNED_SHARE * self._max_bytes:
-            raise BankFullError(
-                f"with {name!r}, {len(names)} prompts of {size} bytes would be pinned, at most {_PINNED_SHARE:.0%} of "
-                f"{self._max_prompts} prompts and {self._max_bytes} bytes may be: unpin others, or raise the budget"
-            )
-        self._pins[name] = asyncio.get_running_loop().create_task(self._keep(name, None))
+        self._pins.add(name)
 
     def unpin(self, name: str) -> None:
         """Undo `pin`. Errors: PromptNotFoundError for a name that is not pinned."""
-        if name not in self._pins:
-            raise PromptNotFoundError(f"prompt {name!r} is not pinned")
-        self._let_go(self._pins.pop(name))
+        self._pins.remove(name)
 
     def pinned(self) -> dict[str, bool]:
         """Names that are pinned, and whether each is in the model by now."""
-        return {name: _loaded(task) is not None for name, task in list(self._pins.items())}
+        return self._pins.names()
 
     def drop(self, name: str) -> None:
         """Note that a prompt was replaced or deleted: what nobody uses of it leaves the model."""
         self._forget(name, None)
-        self._renew(name)
+        self._pins.renew(name)
 
     def unload(self, name: str) -> None:
         """Take a prompt out of the model, once nobody uses it; it comes back when it is next asked for.
@@ -201,12 +188,13 @@ class LoadedPrompts:
         key = f"{version.name}@{version.version}"
         while (held := self._held.get(key)) is None:
             self._check_size(version)
+            self._check(version)
             self._forget(version.name, key)
             if self._make_room(version.bytes):
                 ready = asyncio.get_running_loop().create_task(self._load(key, version))
                 ready.add_done_callback(lambda task: task.cancelled() or task.exception())  # if nobody waits for it
                 held = self._held[key] = Loaded(version, key, ready)
-                self._renew(version.name)
+                self._pins.renew(version.name)
                 break
             self._room.clear()
             await self._room.wait()
@@ -241,31 +229,6 @@ class LoadedPrompts:
         self._loads += 1
         self._room.set()  # nobody may want it any more
         return prompt
-
-    def _renew(self, name: str) -> None:
-        """Pin the current version of a name whose pin is of another one, perhaps."""
-        before = self._pins.get(name)
-        if before is not None and before.done():
-            self._pins[name] = asyncio.get_running_loop().create_task(self._keep(name, before))
-
-    async def _keep(self, name: str, before: asyncio.Task[Loaded] | None) -> Loaded:
-        try:
-            return await self.acquire(name)
-        except PromptNotFoundError:
-            self._pins.pop(name, None)
-            raise
-        finally:
-            if before is not None:
-                self._let_go(before)
-
-    def _let_go(self, pin: asyncio.Task[Loaded]) -> None:
-        """Release what a pin holds, or will hold."""
-
-        def release(task: asyncio.Task[Loaded]) -> None:
-            if (held := _loaded(task)) is not None:
-                self.release(held)
-
-        pin.add_done_callback(release)
 
     def _check_size(self, version: PromptVersion) -> None:
         if version.bytes > self._max_bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from fastprompt.serving.registry import PromptRegistry
 if TYPE_CHECKING:
     from fastprompt.serving.residency import Lease
 
+_log = logging.getLogger(__name__)
 _SHARE = 0.75  # of the device's budget at most; the rest is for everybody else
 
 
@@ -84,6 +86,9 @@ class Pins:
                     pin.lease.release()
             except FastPromptError:
                 pin.settled = generation  # keeps what it has, until something changes
+            except Exception:  # a full device, a broken disk: no other prompt's business
+                _log.exception("pinned prompt %r could not be brought to the device", name)
+                pin.settled = generation
 
     def _renew(self, name: str, pin: _Pin, generation: int) -> None:
         version = self._registry.current(name)

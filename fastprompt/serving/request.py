@@ -29,7 +29,8 @@ class SamplingParams:
     """How tokens are chosen and when a row ends.
 
     Semantics, on a row's float32 logits, by transformers' logits processors in this order:
-        logit_bias, repetition_penalty, frequency_penalty and presence_penalty (generated tokens only), min_tokens;
+        logit_bias; repetition_penalty (of tokens of the text too); frequency_penalty and presence_penalty (of generated
+        tokens only); min_tokens;
         temperature 0 (or below 1e-5) takes the maximum; else temperature, top_k, top_p, min_p, and one draw
 
     `seed` makes a row's draws reproducible whatever runs beside it. `stop` ends a row before the string,

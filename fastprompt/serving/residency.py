@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastprompt.batch import Extent
-from fastprompt.errors import ArgumentError, BankFullError, FastPromptError, PromptNotFoundError
+from fastprompt.errors import ArgumentError, BankFullError, PromptNotFoundError
 from fastprompt.integrations.transformers.backbone import Backbone
 from fastprompt.library import bank_for
 from fastprompt.serving.host_copy import STORAGES, HostCopy
@@ -172,6 +172,10 @@ class Residency:
         self._unloaded.append(name)
         self._wake()
 
+    def on_device(self, name: str) -> bool:
+        """Whether the version that a name was last seen to stand for is on the device."""
+        return self._versions.get(name, "") in self.bank
+
     def tier(self, version: str) -> str:
         """The uppermost tier that holds a version: "device", "host" or "disk"."""
         return "device" if version in self.bank else "host" if version in self._host else "disk"
@@ -252,7 +256,7 @@ class Residency:
             name = self._dropped.popleft()
             try:
                 self._current(name)
-            except FastPromptError:
+            except Exception:  # whoever asks for it next is told why
                 self._stands_for(name, None)
         while self._unloaded:
             self._discard(self._versions.get(self._unloaded.popleft(), ""))

@@ -1,4 +1,4 @@
-"""Choosing tokens: transformers' logits processors on each row, and one draw."""
+"""Choosing tokens: logits processors, most of them transformers', on each row, and one draw."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import (
-    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
@@ -42,6 +41,20 @@ class CountPenalty(LogitsProcessor):
         times = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)
         scores = scores.clone()
         scores[0, tokens] -= self.frequency * times + self.presence
+        return scores
+
+
+class NeverBefore(LogitsProcessor):
+    """Takes `tokens` away while a row is shorter than `length`; transformers' own keeps them on one device."""
+
+    def __init__(self, length: int, tokens: Sequence[int]) -> None:
+        self.length, self.tokens = length, list(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] >= self.length:
+            return scores
+        scores = scores.clone()
+        scores[:, [token for token in self.tokens if token < scores.shape[1]]] = -torch.inf
         return scores
 
 
@@ -80,11 +93,12 @@ def choose(rows: Sequence[tuple[Sampler, Sequence[int]]], logits: Tensor) -> lis
     What is chosen for a row depends on its own logits and random numbers alone.
     """
     raw = logits.float()
-    logits = _processed(rows, raw)
+    found: list[Choice | None] = [None] * len(rows)
+    logits = _processed(rows, raw, found)
     groups = defaultdict(list)
     for i, (sampler, _) in enumerate(rows):
-        groups[sampler.warps].append(i)
-    found: list[Choice | None] = [None] * len(rows)
+        if found[i] is None:
+            groups[sampler.warps].append(i)
     for warps, members in groups.items():
         part = logits if len(members) == len(rows) else logits[members]
         best, chosen = part.max(-1)
@@ -95,14 +109,17 @@ def choose(rows: Sequence[tuple[Sampler, Sequence[int]]], logits: Tensor) -> lis
     return [choice for choice in found if choice is not None]
 
 
-def _processed(rows: Sequence[tuple[Sampler, Sequence[int]]], logits: Tensor) -> Tensor:
-    """The logits as the rows' own processors leave them; a copy where there are any."""
+def _processed(rows: Sequence[tuple[Sampler, Sequence[int]]], logits: Tensor, found: list[Choice | None]) -> Tensor:
+    """The logits as the rows' own processors leave them, a copy where there are any; `found` gets their errors."""
     changed = [i for i, (sampler, _) in enumerate(rows) if sampler.own]
     logits = logits.clone() if changed else logits
     for i in changed:
         sampler, tokens = rows[i]
         ids = torch.tensor([list(tokens)], device=logits.device)
-        logits[i] = sampler.own(ids, logits[i : i + 1])[0]
+        try:
+            logits[i] = sampler.own(ids, logits[i : i + 1])[0]
+        except (ValueError, IndexError) as error:
+            found[i] = Choice(0, error=NumericsError(f"the row's logits cannot be changed as it asks: {error}"))
     return logits
 
 
@@ -152,5 +169,5 @@ def _own_processors(params: SamplingParams, text_length: int, ends: Sequence[int
         made.append(CountPenalty(text_length, params.frequency_penalty, params.presence_penalty))
     never = [*ends, *params.stop_token_ids]
     if params.min_tokens and never:
-        made.append(MinNewTokensLengthLogitsProcessor(text_length, params.min_tokens, never))
+        made.append(NeverBefore(text_length + params.min_tokens, never))
     return made

@@ -10,6 +10,7 @@ from heapq import heapify, heappop, heappush
 
 from fastprompt.errors import FastPromptError
 from fastprompt.serving.blocks import BlockPool, chain
+from fastprompt.serving.forecast import Forecast
 from fastprompt.serving.row import Row
 
 Tenant = str | None  # a prompt's name, None for bare rows
@@ -54,7 +55,8 @@ class Scheduler:
 
         rows that only decode run first, one token each
         unfinished texts go on, those of the least served prompt first, cut where the budget ends
-        waiting rows are admitted, the least served prompt's first, while rows, budget and blocks are left
+        waiting rows are admitted, the least served prompt's first, while rows, budget and blocks are left, also those
+                                       that rows will want until they end (`Forecast`)
         no block for a running row     the newest running row is preempted: its blocks are released, its tokens kept
         no place for a prompt that has no row running, and another has more than its share
                                        that one's newest row past its quantum is preempted
@@ -76,7 +78,8 @@ class Scheduler:
         self._served: dict[Tenant, int] = {}
         self._ran: dict[Row, int] = {}  # running rows: tokens since admission
         self.failed: list[tuple[Row, FastPromptError]] = []
-        self._short = False  # whether the last step lacked blocks to admit a row
+        self._forecast = Forecast(pool)
+        self._short: Row | None = None  # what there were no blocks for, since when no row has left
         self.preemptions = 0
 
     @property
@@ -101,8 +104,10 @@ class Scheduler:
 
     def remove(self, row: Row) -> None:
         """The row is done, or wanted no more: its blocks and its prompt are free."""
+        self._short = None
         if row in self._ran:
             del self._ran[row]
+            self._forecast.ended(row)
         elif row in (queue := self._waiting.get(row.prompt, ())):
             queue.remove(row)  # type: ignore[union-attr]
             self._tidy(row.prompt)
@@ -163,6 +168,7 @@ class Scheduler:
     def _preempt(self, row: Row) -> None:
         """Back to the front of its prompt's queue; what it computed may still be found in the pool."""
         del self._ran[row]
+        self._short = None
         self._release(row)
         self._waiting.setdefault(row.prompt, deque()).appendleft(row)
         self.preemptions += 1
@@ -200,8 +206,8 @@ class Scheduler:
                     continue
                 tries -= 1
             answer = self._acquire(row)
-            if answer is Admission.READY and not self._place(row):
-                self._short = True
+            if answer is Admission.READY and (row is self._short or not self._place(row)):
+                self._short = row
                 return
             if answer is Admission.READY:
                 self._unqueue(row)
@@ -222,14 +228,15 @@ class Scheduler:
             return None
 
     def _place(self, row: Row) -> bool:
-        """Blocks for all of the row's tokens, known ones first; nothing is held if there are too few."""
+        """Blocks for all of the row's tokens, known ones first; nothing is held if there are or will be too few."""
         known = row.tokens[: len(row.tokens) - 1]  # the last token must run: the next one is chosen from it
         keys = chain(self._start(row), known, self.pool.size) if self.rules.share_blocks else []
         row.blocks = self.pool.match(keys)
         row.shared = len(row.blocks)
         row.keys = keys[: row.shared]
         row.computed = row.shared * self.pool.size
-        if not self._grow(row, len(row.tokens)):
+        wise = not self._ran or self._forecast.fits([*self._ran, row])
+        if not (wise and self._grow(row, len(row.tokens))):
             self._release(row)
             return False
         self.pool.count_match(len(keys), row.shared)
@@ -243,12 +250,13 @@ class Scheduler:
 
     def _make_place(self) -> None:
         """Preempt for prompts that wait without any row running, while others have more than their share."""
-        if len(self._ran) < self.rules.max_rows and not self._short:
+        full = len(self._ran) >= self.rules.max_rows
+        if not full and self._short is None:
             return
-        self._short = False
         running = self.running_by_prompt()
         starving = [tenant for tenant in self._waiting if tenant not in running]
-        share = max(1, self.rules.max_rows // max(1, len(starving) + len(running)))
+        tenants = max(1, len(starving) + len(running))
+        share = max(1, self.rules.max_rows // tenants) if full else 1 + len(self._ran) // tenants
         for _ in starving:
             victim = next(
                 (r for r in reversed(self._ran) if running[r.prompt] > share and self._ran[r] >= self.rules.quantum),

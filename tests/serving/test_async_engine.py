@@ -1,26 +1,19 @@
 """Tasks get their own text, leave when they like, and are told when something ends."""
 
 import asyncio
-import threading
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
-from serving_cases import alone, engine, greedy, save_prompts, texts
+from async_cases import Numbers, StandIn, serve, text_of
+from serving_cases import alone, greedy, save_prompts, texts
 
 from fastprompt import demo
 from fastprompt.errors import ArgumentError, PromptNotFoundError
 from fastprompt.serving.async_engine import AsyncEngine
+from fastprompt.serving.backlog import Backlog
 from fastprompt.serving.build import EngineOptions, build_engine
 from fastprompt.serving.engine import StepError
-from fastprompt.serving.request import Generation, OverloadedError, SamplingParams, Tokens
-from fastprompt.serving.scheduler import Rules
-
-
-class Numbers:
-    """Tokens as text: their numbers."""
-
-    def decode(self, tokens, skip_special_tokens=True):
-        return "".join(f"{token} " for token in tokens)
+from fastprompt.serving.request import Generation, OverloadedError, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -30,36 +23,15 @@ def folder(tmp_path_factory):
     return path
 
 
-def _serve(folder, test, **options):
-    """Run an async function with a started engine."""
-
-    async def main():
-        limits = {"max_queued": options.pop("max_queued")} if "max_queued" in options else {}
-        made = AsyncEngine(lambda: engine(folder, **options), Numbers(), "tiny", **limits)
-        await made.start()
-        try:
-            return await test(made)
-        finally:
-            await made.close()
-            assert not made.alive
-
-    return asyncio.run(main())
-
-
-async def _text(engine, request):
-    deltas = [delta async for delta in engine.generate(request)]
-    return "".join(d.text for d in deltas), deltas
-
-
 def test_concurrent_tasks_get_their_own_answers(folder):
     requests = [greedy(t, [None, "p0", "p1", "p2"][i % 4]) for i, t in enumerate(texts(24))]
     seen = []
 
     async def test(made):
         made.observe = seen.append
-        return await asyncio.gather(*(_text(made, request) for request in requests))
+        return await asyncio.gather(*(text_of(made, request) for request in requests))
 
-    for request, (text, deltas) in zip(requests, _serve(folder, test), strict=True):
+    for request, (text, deltas) in zip(requests, serve(folder, test), strict=True):
         expected = alone(folder, request.token_ids, request.prompt)
         assert text == Numbers().decode(expected)
         assert [t for d in deltas for t in d.tokens] == expected
@@ -69,14 +41,14 @@ def test_concurrent_tasks_get_their_own_answers(folder):
 
 def test_stop_strings_end_the_row_in_the_engine_too(folder):
     async def test(made):
-        full, _ = await _text(made, greedy([5, 6, 7], "p0", 40, ignore_eos=True))
+        full, _ = await text_of(made, greedy([5, 6, 7], "p0", 40, ignore_eos=True))
         stop = " ".join(full.split()[3:5])
-        text, deltas = await _text(made, greedy([5, 6, 7], "p0", 40, ignore_eos=True, stop=(stop,)))
+        text, deltas = await text_of(made, greedy([5, 6, 7], "p0", 40, ignore_eos=True, stop=(stop,)))
         assert text == full[: full.index(stop)]
         assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", stop)
         await _idle(made)
 
-    _serve(folder, test)
+    serve(folder, test)
 
 
 async def _idle(made):
@@ -100,127 +72,35 @@ def test_leaving_early_cancels(folder):
         assert made.engine.stats().generated_tokens < 200
         assert made.engine.stats().blocks_free == made.engine.stats().blocks
 
-    _serve(folder, test)
+    serve(folder, test)
     assert [f.finish_reason for f in seen] == ["abort"]
 
 
 def test_errors_reach_their_own_task(folder):
     async def test(made):
         with pytest.raises(PromptNotFoundError):
-            await _text(made, greedy([5], "nobody"))
+            await text_of(made, greedy([5], "nobody"))
         with pytest.raises(ArgumentError, match="no tokens"):
-            await _text(made, greedy([]))
+            await text_of(made, greedy([]))
         with pytest.raises(ArgumentError, match="virtual tokens"):
-            await _text(made, greedy([5] * 230, "p2", 20))
-        text, _ = await _text(made, greedy([5], "p0"))
+            await text_of(made, greedy([5] * 230, "p2", 20))
+        text, _ = await text_of(made, greedy([5], "p0"))
         assert text
 
-    _serve(folder, test)
+    serve(folder, test)
 
 
 def test_no_more_than_max_queued(folder):
     async def test(made):
-        tasks = [asyncio.create_task(_text(made, greedy([5], None, 50, ignore_eos=True))) for _ in range(3)]
+        tasks = [asyncio.create_task(text_of(made, greedy([5], None, 50, ignore_eos=True))) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError, match="3 requests") as caught:
-            await _text(made, greedy([5]))
+            await text_of(made, greedy([5]))
         assert caught.value.retry_after > 0
         await asyncio.gather(*tasks)
-        await _text(made, greedy([5]))
+        await text_of(made, greedy([5]))
 
-    _serve(folder, test, max_queued=3)
-
-
-def test_draining_finishes_what_runs(folder):
-    async def test(made):
-        running = asyncio.create_task(_text(made, greedy([5], "p0", 60, ignore_eos=True)))
-        await asyncio.sleep(0.05)
-        closing = asyncio.create_task(made.close(drain=600))
-        await asyncio.sleep(0)
-        with pytest.raises(OverloadedError, match="closing"):
-            await _text(made, greedy([5]))
-        _, deltas = await running
-        assert sum(len(d.tokens) for d in deltas) == 60
-        await closing
-
-    _serve(folder, test)
-
-
-def test_closing_without_draining_answers_what_runs(folder):
-    async def test(made):
-        running = asyncio.create_task(_text(made, greedy([5], "p0", 200, ignore_eos=True)))
-        await asyncio.sleep(0.05)
-        await made.close()
-        _, deltas = await running
-        assert deltas[-1].finish_reason == "abort"
-
-    _serve(folder, test, rules=Rules(max_rows=2))
-
-
-class _Nothing:
-    """An engine whose rows end when they are cancelled."""
-
-    busy, steps = False, 0
-    residency = SimpleNamespace(close=lambda: None)
-
-    def stats(self):
-        return None
-
-    def check(self, generation):
-        pass
-
-    def add(self, generation):
-        self.busy = True
-
-    def cancel(self, request_id, index=None):
-        self.busy = False
-        return [Tokens(request_id, 0, (), finish_reason="abort")]
-
-    def step(self):
-        return []
-
-
-def test_closing_at_any_moment_ends():
-    async def once(delay):
-        made = AsyncEngine(_Nothing, Numbers(), "x")
-        await made.start()
-        running = asyncio.create_task(_text(made, greedy([5])))
-        await asyncio.sleep(delay)
-        await made.close()
-        assert not made.alive
-        return await running
-
-    async def main():
-        for i in range(400):
-            _, deltas = await asyncio.wait_for(once(1e-5 * (i % 40)), 60)
-            assert deltas[-1].finish_reason == "abort"
-
-    asyncio.run(main())
-
-
-def test_an_engine_that_cannot_be_built_says_so():
-    def broken():
-        raise ArgumentError("no such model")
-
-    async def main():
-        with pytest.raises(ArgumentError, match="no such model"):
-            await AsyncEngine(broken, Numbers(), "x").start()
-
-    asyncio.run(main())
-
-
-def test_a_request_id_is_used_once_at_a_time(folder):
-    async def test(made):
-        request = greedy([5], "p0", 60, ignore_eos=True)
-        running = asyncio.create_task(_text(made, request))
-        await asyncio.sleep(0)
-        with pytest.raises(ArgumentError, match="choose another"):
-            await _text(made, request)
-        _, deltas = await running
-        assert sum(len(d.tokens) for d in deltas) == 60
-        assert (await _text(made, request))[0]
-
-    _serve(folder, test)
+    serve(folder, test, max_queued=3)
 
 
 def test_a_request_that_breaks_the_engine_breaks_alone(folder):
@@ -234,83 +114,19 @@ def test_a_request_that_breaks_the_engine_breaks_alone(folder):
 
         made.engine.add = broken
         with pytest.raises(StepError, match="never seen before"):
-            await _text(made, greedy([5]))
-        assert (await _text(made, greedy([5], "p0")))[0]
+            await text_of(made, greedy([5]))
+        assert (await text_of(made, greedy([5], "p0")))[0]
 
-    _serve(folder, test)
+    serve(folder, test)
 
 
 def test_an_observer_that_fails_fails_alone(folder, caplog):
     async def test(made):
         made.observe = [].index
-        assert (await _text(made, greedy([5])))[0]
+        assert (await text_of(made, greedy([5])))[0]
 
-    _serve(folder, test)
+    serve(folder, test)
     assert "observe" in caplog.text
-
-
-def test_closing_what_never_started(folder):
-    def broken():
-        raise ArgumentError("no such model")
-
-    async def main():
-        await AsyncEngine(broken, Numbers(), "x").close()
-        made = AsyncEngine(broken, Numbers(), "x")
-        with pytest.raises(ArgumentError):
-            await made.start()
-        await made.close()
-
-    asyncio.run(main())
-
-
-def test_a_start_that_is_given_up_or_repeated(folder, caplog):
-    go = threading.Event()
-
-    async def main():
-        made = AsyncEngine(lambda: go.wait() and engine(folder), Numbers(), "x")
-        starting = asyncio.create_task(made.start())
-        await asyncio.sleep(0)
-        with pytest.raises(ArgumentError, match="started"):
-            await made.start()
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
-        go.set()
-        await made.close()
-        await asyncio.sleep(0)
-        assert not made.alive
-
-    asyncio.run(main())
-    assert not caplog.records
-
-
-def test_a_loop_that_is_gone_ends_the_thread_quietly(folder, caplog):
-    async def main():
-        made = AsyncEngine(lambda: engine(folder), Numbers(), "x")
-        await made.start()
-        running = asyncio.create_task(_text(made, greedy([5], None, 200, ignore_eos=True)))
-        while not made.engine.busy and not running.done():
-            await asyncio.sleep(0)
-        return made
-
-    made = asyncio.run(main())
-    made.residency.on_ready()
-    made._thread.join(600)
-    assert not made.alive and not [r for r in caplog.records if r.exc_info]
-    made.residency.close()
-
-
-def test_a_thread_that_ends_tells_everybody(folder):
-    async def test(made):
-        def step():
-            raise RuntimeError("gone")
-
-        made.engine.step = step
-        with pytest.raises(StepError, match="gone"):
-            await _text(made, greedy([5], None, 50))
-        with pytest.raises(OverloadedError):
-            await _text(made, greedy([5]))
-
-    _serve(folder, test)
 
 
 def test_text_of_a_real_tokenizer(tmp_path):
@@ -327,8 +143,127 @@ def test_text_of_a_real_tokenizer(tmp_path):
         )
         await made.start()
         params = SamplingParams(max_tokens=20, temperature=0.0)
-        text, _ = await _text(made, Generation(ids.input_ids[0].tolist(), None, params))
+        text, _ = await text_of(made, Generation(ids.input_ids[0].tolist(), None, params))
         await made.close()
         return text
 
     assert asyncio.run(main()) == expected
+
+
+def test_requests_that_share_an_id_are_kept_apart(folder):
+    async def test(made):
+        first = greedy([5, 6, 7], "p0", 30, ignore_eos=True)
+        second = replace(first, token_ids=[8, 9], prompt="p1")
+        answers = await asyncio.gather(text_of(made, first), text_of(made, second))
+        for request, (_, deltas) in zip((first, second), answers, strict=True):
+            found = [token for delta in deltas for token in delta.tokens]
+            expected = alone(folder, request.token_ids, request.prompt, 30)
+            assert len(found) == 30 and found[: len(expected)] == expected
+
+    serve(folder, test)
+
+
+def test_nothing_of_a_request_that_left_reaches_the_next_one_of_its_id():
+    """Tokens that were on their way when it was cancelled; each row of the stand-in repeats its text."""
+
+    async def main():
+        made = AsyncEngine(StandIn, Numbers(), "x")
+        await made.start()
+        for i in range(300):
+            request = replace(greedy([8 + i % 50], new=3), request_id="same")
+            stream = made.generate(replace(greedy([7], new=1000), request_id="same"))
+            async for _ in stream:
+                break
+            await stream.aclose()
+            text, _ = await text_of(made, request)
+            assert text == f"{8 + i % 50} " * 3
+        await made.close()
+
+    asyncio.run(main())
+
+
+def test_text_that_cannot_be_made_fails_its_own_request(caplog):
+    class Picky(Numbers):
+        def decode(self, tokens, skip_special_tokens=True):
+            if 13 in tokens:
+                raise TypeError("there is no token 13")
+            return super().decode(tokens)
+
+    async def main():
+        made = AsyncEngine(StandIn, Picky(), "x")
+        await made.start()
+        good = [asyncio.create_task(text_of(made, greedy([i], new=9))) for i in range(5, 12)]
+        with pytest.raises(StepError, match="no token 13"):
+            await text_of(made, greedy([13], new=9))
+        for i, task in enumerate(good):
+            assert (await task)[0] == f"{5 + i} " * 9
+        while made.engine.busy:
+            await asyncio.sleep(0.001)
+        await made.close()
+
+    asyncio.run(main())
+    assert "could not be made text" in caplog.text
+
+
+def test_a_prompt_that_floods_leaves_room_for_others(folder):
+    async def test(made):
+        flood = []
+        for _ in range(64):
+            flood.append(asyncio.create_task(text_of(made, greedy([5], "p0", 200, ignore_eos=True))))
+        await asyncio.sleep(0)
+        refused = [flood.pop(i) for i in reversed(range(64)) if flood[i].done()]
+        for task in refused:
+            with pytest.raises(OverloadedError, match="of this prompt"):
+                await task
+        assert len(flood) == 57  # eight ninths
+        assert (await text_of(made, greedy([5], "p1", 2)))[0]
+        for task in flood:
+            task.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+        assert made._backlog.total == 0
+
+    serve(folder, test, max_queued=64)
+
+
+def test_a_backlog_is_never_larger_than_its_most():
+    backlog, counts = Backlog(100, "requests"), {}
+    for prompt in [*"a" * 200, *"b" * 200, *"c" * 200]:
+        try:
+            backlog.enter(prompt)
+        except OverloadedError:
+            continue
+        counts[prompt] = counts.get(prompt, 0) + 1
+    assert counts["a"] == 89 and counts["b"] >= 9 and backlog.total == sum(counts.values()) <= 100
+    for prompt, count in counts.items():
+        backlog.leave(prompt, count)
+    assert backlog.total == 0 and not backlog._own
+    backlog.enter("a", 100)
+    with pytest.raises(OverloadedError, match="100 requests are under way, 0 of them of this prompt, 1 more came"):
+        backlog.enter("b")
+
+
+def test_counts_are_taken_now_and_then(folder, monkeypatch):
+    """With many prompts counting takes a while: not at every step, and yet what is idle shows as it is."""
+
+    async def test(made):
+        taken = []
+        stats = made.engine.stats
+        monkeypatch.setattr(made.engine, "stats", lambda: taken.append(made.engine.steps) or stats())
+        monkeypatch.setattr("fastprompt.serving.async_engine._COUNT_EVERY", 1000.0)
+        await text_of(made, greedy([5, 6], "p0", 150, ignore_eos=True))
+        while made.stats().running or made.stats().steps < made.engine.steps:
+            await asyncio.sleep(0.001)
+        assert made.stats().generated_tokens == 150 and len(taken) < 50 < made.engine.steps
+
+    serve(folder, test)
+
+
+def test_stop_strings_wait_for_min_tokens():
+    async def main():
+        made = AsyncEngine(StandIn, Numbers(), "x")
+        await made.start()
+        text, deltas = await text_of(made, greedy([8], new=9, stop=("8",), min_tokens=4))
+        assert text == "8 8 8 " and deltas[-1].stop_reason == "8"
+        await made.close()
+
+    asyncio.run(main())

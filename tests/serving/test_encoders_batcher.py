@@ -152,7 +152,8 @@ def test_cancelled_rows_leave_the_queue_and_are_not_run():
             await asyncio.sleep(0.01)
             gone, kept = bench.batcher.submit("a", 1, "gone"), bench.batcher.submit("b", 1, "kept")
             gone.cancel()
-            await asyncio.sleep(0)
+            while len(bench.batcher.queue.rows) > 1:
+                await asyncio.sleep(0)
             assert [r.work for r in bench.batcher.queue.rows] == ["kept"] and bench.batcher.running == {"a": 1}
             bench.gate.set()
             assert await asyncio.gather(first, kept) == ["xx", "keptkept"]
@@ -175,5 +176,31 @@ def test_closing_answers_everybody():
             results = await asyncio.gather(*futures, return_exceptions=True)
             assert [type(r) for r in results] == [OverloadedError, OverloadedError]
             assert not bench.batcher.alive
+
+    asyncio.run(run())
+
+
+def test_many_cancelled_rows_leave_at_once():
+    """One by one they took seconds of the event loop: each looks through the queue."""
+
+    async def run() -> None:
+        async with Bench(max_wait=50.0, max_rows=10_000) as bench:
+            batcher = bench.batcher
+            gone = [batcher.submit("a", 2, i) for i in range(2000)]
+            stay = [batcher.submit("b", 3, i) for i in range(10)]
+            looked, remove = [0], batcher.queue.remove
+
+            def counted(rows: Any) -> None:
+                looked[0] += 1
+                remove(rows)
+
+            batcher.queue.remove = counted  # type: ignore[method-assign]
+            for future in gone:
+                future.cancel()
+            while batcher.queue.by_tenant["a"]:
+                await asyncio.sleep(0)
+            assert looked[0] <= 3 and len(batcher.queue.rows) == 10 and batcher.queue.tokens == 30
+            for future in stay:
+                future.cancel()
 
     asyncio.run(run())

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from task_tools import bert
 
+import fastprompt as fp
 from fastprompt.model import PromptedModel
+from fastprompt.prompt_format import prompt_files
 from fastprompt.serving.http import Access, create_app
 from fastprompt.serving.registry import PromptRegistry
 from fastprompt.store import save_prompt
@@ -108,6 +110,15 @@ def test_truncate_leaves_room_for_the_prompt(client: TestClient, model: Prompted
     body = {"model": "long", "input": "dog " * 500, "truncate": True}
     answer = client.post("/v1/classify", json=body).json()
     assert answer["usage"]["prompt_tokens"] == 64 - 23
+
+
+def test_a_prompt_that_leaves_no_room_for_any_text(client: TestClient, model: PromptedModel):
+    """Longer than the backbone has positions: a request under it is wrong, cut or not."""
+    registry = client.app.state.server.engine.registry  # type: ignore[attr-defined]
+    registry.put("whole", prompt_files(fp.PTuningV2(num_virtual_tokens=70).build(model._info.spec)))
+    for truncate in (False, True):
+        reply = client.post("/v1/classify", json={"model": "whole", "input": "a dog", "truncate": truncate})
+        assert reply.status_code == 400 and "no text fits under this prompt" in reply.json()["error"]["message"]
 
 
 def test_other_tasks_are_refused_with_the_right_route(client: TestClient):

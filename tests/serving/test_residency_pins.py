@@ -89,3 +89,46 @@ def test_a_prompt_that_pins_leave_no_room_for_is_refused(registry, make):
         settle(residency, "large")
     residency.unpin("p2")
     assert holds(residency, settle(residency, "large"), 9)
+
+
+def test_a_pin_that_breaks_breaks_alone(registry, make, monkeypatch, caplog):
+    """Whatever a copy to the device raises: other pins come, rows of other prompts go on, and it is tried again."""
+    residency = make(tokens=64)
+    fill(registry, 3)
+    put, broken = residency.bank.put, registry.current("p0").version
+
+    def fails(name, *args):
+        if name == broken:
+            raise RuntimeError("out of memory")
+        return put(name, *args)
+
+    monkeypatch.setattr(residency.bank, "put", fails)
+    residency.pin("p0")
+    residency.pin("p1")
+    lease = settle(residency, "p2")
+    while not residency.pinned()["p1"]:
+        residency.progress()
+    assert holds(residency, lease, 2) and residency.pinned() == {"p0": False, "p1": True}
+    assert "p0" in caplog.text
+    monkeypatch.undo()
+    registry.put("p2", files(9))  # something changed
+    residency.drop("p2")
+    while not residency.pinned()["p0"]:
+        residency.progress()
+
+
+def test_a_dropped_name_that_cannot_be_looked_up_hurts_nobody(registry, make, monkeypatch):
+    residency = make()
+    fill(registry, 2)
+    settle(residency, "p0").release()
+    current = registry.current
+
+    def fails(name):
+        if name == "p0":
+            raise OSError("input/output error")
+        return current(name)
+
+    monkeypatch.setattr(registry, "current", fails)
+    residency.drop("p0")
+    assert holds(residency, settle(residency, "p1"), 1)
+    assert residency.stats().device.prompts == 1  # what p0 stood for is not trusted any more

@@ -1,17 +1,20 @@
 """Host copies in 8 bits: bounds on the numbers, the same numbers every time, and what they do to logits."""
 
+import json
+
 import pytest
 import torch
 from residency_tools import backbone, embedding, held, settle, spec, token_bytes
 
-from fastprompt import Cartridge, PrefixTuning, PromptedModel, demo
+from bench import bank_storage, schema
+from bench.__main__ import main
+from fastprompt import PrefixTuning, PromptedModel, demo
 from fastprompt.errors import ArgumentError
-from fastprompt.integrations.transformers.backbone import evaluating
 from fastprompt.prompt_format import prompt_files
 from fastprompt.serving.host_copy import HostCopy
 from fastprompt.serving.registry import PromptRegistry
 from fastprompt.serving.residency import Residency
-from fastprompt.spec import LayerShape, Prefix, flatten
+from fastprompt.spec import LayerShape, Prefix
 
 SHAPES = (LayerShape(3, 5, 7), LayerShape(1, 16, 4), LayerShape(2, 8, 8))
 CPU = [torch.device("cpu")] * 3
@@ -85,50 +88,31 @@ def test_the_device_gets_the_same_numbers_from_every_tier(tmp_path, storage):
 LOGITS = {"int8": (0.01, 0.99), "fp8": (0.04, 0.97)}  # relative error at most, agreement of the first choice at least
 
 
-@pytest.fixture(scope="module")
-def demo_model():
-    return PromptedModel(demo.backbone())
-
-
-def logits_error(model, prefixes, storage, ids):
-    """RMS of the change of the logits over RMS of their spread, and how often the first choice is the same."""
-    info, errors, spread, same = model._info, [], [], []
-    config = Cartridge(num_virtual_tokens=prefixes[0].length)
-    for name in ("exact", "rounded"):
-        if name in model.library:
-            model.remove_prompt(name)
-    for prefix in prefixes:
-        rounded = HostCopy.pack(prefix, storage).prefix(info.layer_devices)
-        for name, each in (("exact", prefix), ("rounded", rounded)):
-            model.library.add(name, config.restore(info.spec, flatten(each)))
-        with torch.no_grad():
-            a, b = (model(input_ids=ids, prompts=[name] * len(ids)).logits.double() for name in ("exact", "rounded"))
-        errors.append((a - b).square().mean())
-        spread.append((a - a.mean(-1, keepdim=True)).square().mean())
-        same.append((a.argmax(-1) == b.argmax(-1)).double().mean())
-        for name in ("exact", "rounded"):
-            model.remove_prompt(name)
-    ratio = (torch.stack(errors).mean() / torch.stack(spread).mean()).sqrt().item()
-    return ratio, torch.stack(same).mean().item()
-
-
-def demo_prefixes(model):
-    """Instructions of the demo's tasks, compiled: keys and values as trained prompts have them."""
-    tokenizer = demo.tokenizer()
-    made = []
-    for task in demo.tasks():
-        ids = torch.tensor(tokenizer(task.hand_written)["input_ids"])
-        rows = model._info.model.get_input_embeddings().weight.detach()[ids.repeat(16)[:16]]
-        with torch.no_grad(), evaluating(model._info.model):
-            made.append(model._info.compile([rows])[0])
-    return made
-
-
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
-def test_logits_under_rounded_prompts(demo_model, storage, record_property):
-    ids = torch.randint(5, demo_model._info.spec.vocab_size, (8, 24))
-    ratio, same = logits_error(demo_model, demo_prefixes(demo_model), storage, ids)
-    record_property("relative logits error", ratio)
-    record_property("same first choice", same)
+def test_logits_under_rounded_prompts(storage):
+    model = PromptedModel(demo.backbone())
+    found = bank_storage.change(model, bank_storage.instructions(model), storage, [bank_storage.random_texts(model)])
     most, least = LOGITS[storage]
-    assert 0 < ratio <= most and same >= least, (ratio, same)
+    assert 0 < found.error <= most and found.same >= least, found
+
+
+def test_logits_under_prompts_that_round_to_themselves_stay_as_they_are():
+    model = PromptedModel(demo.backbone())
+    (prefix, *_) = bank_storage.normal(model, 1)
+    whole = prefix.map(lambda t: t.clamp(-1, 1).mul(126).round().index_fill(1, torch.tensor([0]), 127.0))
+    found = bank_storage.change(model, [whole], "int8", [bank_storage.random_texts(model)[:2]])
+    assert found.error < 1e-6 and found.same == 1.0 and found.places == 48
+
+
+def test_the_benchmark_writes_a_line_for_each_case(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bank_storage, "_INPUTS", 1)
+    out = tmp_path / "lines.jsonl"
+    threads = torch.get_num_threads()
+    try:
+        assert main(["bank-storage", "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    head, *lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert head["benchmark"] == "bank-storage" and len(lines) == 6 == len({(x["prompts"], x["storage"]) for x in lines})
+    assert all(schema.problem(line, "bank-storage") is None for line in (head, *lines))
+    assert "of the spread" in capsys.readouterr().out

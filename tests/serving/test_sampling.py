@@ -109,6 +109,22 @@ def test_logits_that_are_no_numbers_fail_their_row_alone():
         assert [isinstance(c.error, NumericsError) for c in found] == [False, True, True, False]
 
 
+def test_what_a_row_asks_of_its_logits_fails_it_alone():
+    """Logits may be narrower than the embedding: a bias on a token that cannot be chosen."""
+    rows = [*_rows(1, temperature=0.0), *_rows(1, temperature=0.0, logit_bias={V + 3: 1.0}), *_rows(1, seed=2)]
+    found = choose(rows, _logits(3))
+    assert [isinstance(c.error, NumericsError) for c in found] == [False, True, False]
+    assert found[0].token == _logits(3)[0].argmax() and str(V + 3) in str(found[1].error)
+
+
+def test_end_tokens_that_cannot_be_chosen_are_no_matter():
+    sampler = Sampler(SamplingParams(temperature=0.0, min_tokens=2), 0, 1, (0, V + 7))
+    logits = torch.zeros(1, V)
+    logits[0, 0], logits[0, 5] = 3.0, 1.0
+    (found,) = choose([(sampler, [1])], logits)
+    assert found.error is None and found.token == 5
+
+
 def test_given_logits_stay_as_they_are():
     logits = _logits(2)
     before = logits.clone()

@@ -4,50 +4,18 @@ import random
 from collections import Counter
 
 import pytest
+from scheduler_cases import make_row, make_scheduler, run_all, run_step
 
 from fastprompt.errors import PromptNotFoundError
-from fastprompt.serving.blocks import BlockPool
-from fastprompt.serving.request import Generation, SamplingParams
-from fastprompt.serving.row import Row
-from fastprompt.serving.sampling import Sampler
-from fastprompt.serving.scheduler import Admission, Rules, Scheduler
-
-
-def _row(prompt, text=4, new=1000):
-    params = SamplingParams(max_tokens=new, temperature=0.0)
-    return Row(Generation(list(range(text)), prompt, params), 0, Sampler(params, 0, text, ()), ())
-
-
-def _scheduler(blocks=1000, admit=lambda row: Admission.READY, **rules):
-    return Scheduler(BlockPool(blocks, 4), Rules(**rules), admit, lambda row: repr(row.prompt).encode())
-
-
-def _step(scheduler):
-    """One step in which every complete row gets a token; the pieces."""
-    pieces = scheduler.schedule()
-    scheduler.ran(pieces)
-    for piece in pieces:
-        if piece.complete:
-            piece.row.tokens.append(7)
-            if piece.row.generated >= piece.row.generation.params.max_tokens:
-                scheduler.remove(piece.row)
-    return pieces
-
-
-def _finish(scheduler, limit=10_000):
-    for steps in range(limit):
-        if not scheduler.waiting and not scheduler.running:
-            return steps
-        _step(scheduler)
-    raise AssertionError("rows are left")
+from fastprompt.serving.scheduler import Admission
 
 
 def test_decoding_comes_first_and_texts_are_cut_at_the_budget():
-    scheduler = _scheduler(max_batch_tokens=10)
-    scheduler.add(_row("a", text=3))
-    _step(scheduler)
-    scheduler.add(_row("b", text=25))
-    found = [[(p.row.prompt, p.count, p.complete) for p in _step(scheduler)] for _ in range(4)]
+    scheduler = make_scheduler(max_batch_tokens=10)
+    scheduler.add(make_row("a", text=3))
+    run_step(scheduler)
+    scheduler.add(make_row("b", text=25))
+    found = [[(p.row.prompt, p.count, p.complete) for p in run_step(scheduler)] for _ in range(4)]
     assert found[0] == [("a", 1, True), ("b", 9, False)]
     assert found[1] == [("a", 1, True), ("b", 9, False)]
     assert found[2] == [("a", 1, True), ("b", 7, True)]
@@ -55,90 +23,82 @@ def test_decoding_comes_first_and_texts_are_cut_at_the_budget():
 
 
 def test_the_least_served_prompt_is_admitted_first():
-    scheduler = _scheduler(max_rows=4)
+    scheduler = make_scheduler(max_rows=4)
     for _ in range(20):
-        scheduler.add(_row("flood", new=5))
-    _step(scheduler)
-    scheduler.add(_row("late", new=5))
+        scheduler.add(make_row("flood", new=5))
+    run_step(scheduler)
+    scheduler.add(make_row("late", new=5))
     order = []
     while scheduler.waiting or scheduler.running:
-        order += [p.row.prompt for p in _step(scheduler) if p.row.generated == 1]
+        order += [p.row.prompt for p in run_step(scheduler) if p.row.generated == 1]
     assert "late" in order[:5]  # right behind the rows that had started
 
 
 def test_a_flood_of_long_rows_gives_a_newcomer_a_place():
-    scheduler = _scheduler(max_rows=4, quantum=8)
+    scheduler = make_scheduler(max_rows=4, quantum=8)
     for _ in range(50):
-        scheduler.add(_row("flood", new=500))
+        scheduler.add(make_row("flood", new=500))
     for _ in range(20):
-        _step(scheduler)
-    late = _row("late", new=3)
+        run_step(scheduler)
+    late = make_row("late", new=3)
     scheduler.add(late)
-    waited = next(i for i in range(100) if any(p.row is late for p in _step(scheduler)))
+    waited = next(i for i in range(100) if any(p.row is late for p in run_step(scheduler)))
     assert waited <= 1 and scheduler.preemptions == 1
-    _step(scheduler)
-    _step(scheduler)
+    run_step(scheduler)
+    run_step(scheduler)
     assert late.generated == 3 and late not in scheduler.running
 
 
 def test_prompts_with_rows_to_spare_keep_their_share():
-    scheduler = _scheduler(max_rows=4, quantum=1)
+    scheduler = make_scheduler(max_rows=4, quantum=1)
     for prompt in "aabb":
-        scheduler.add(_row(prompt))
+        scheduler.add(make_row(prompt))
     for _ in range(5):
-        _step(scheduler)
+        run_step(scheduler)
     for prompt in "cd":
-        scheduler.add(_row(prompt))
-    _step(scheduler)
+        scheduler.add(make_row(prompt))
+    run_step(scheduler)
     assert scheduler.running_by_prompt() == Counter("abcd")
 
 
 def test_tokens_are_shared_evenly_between_busy_prompts():
-    scheduler = _scheduler(max_rows=8, max_batch_tokens=64)
+    scheduler = make_scheduler(max_rows=8, max_batch_tokens=64)
     ran = Counter()
     for prompt, rows in (("many", 200), ("few", 8)):
         for _ in range(rows):
-            scheduler.add(_row(prompt, text=8, new=8))
+            scheduler.add(make_row(prompt, text=8, new=8))
     for _ in range(16):
-        for piece in _step(scheduler):
+        for piece in run_step(scheduler):
             ran[piece.row.prompt] += piece.count
     assert 0.8 < ran["few"] / ran["many"] < 1.25
 
 
 def test_coming_and_going_earns_nothing():
-    scheduler = _scheduler(max_rows=1)
+    scheduler = make_scheduler(max_rows=1)
     for _ in range(3):
-        scheduler.add(_row("steady", new=4))
-    _step(scheduler)
+        scheduler.add(make_row("steady", new=4))
+    run_step(scheduler)
     for _ in range(3):  # a prompt that was idle is not owed the time it was away
-        scheduler.add(_row("new", new=4))
+        scheduler.add(make_row("new", new=4))
     order = []
     while scheduler.waiting or scheduler.running:
-        order += [p.row.prompt for p in _step(scheduler) if p.row.generated == 1]
+        order += [p.row.prompt for p in run_step(scheduler) if p.row.generated == 1]
     assert order == ["new", "steady", "new", "steady", "new"]
-
-
-def test_short_memory_preempts_the_newest_and_all_end():
-    scheduler = _scheduler(blocks=10, max_rows=8)
-    rows = [_row(f"p{i}", text=6, new=12) for i in range(8)]
-    for row in rows:
-        scheduler.add(row)
-    _finish(scheduler)
-    assert scheduler.preemptions and all(row.generated == 12 for row in rows)
-    assert scheduler.pool.free == 10
 
 
 def test_prompts_on_their_way_do_not_hold_up_others():
     there = set()
-    scheduler = _scheduler(admit=lambda row: Admission.READY if row.prompt in there else Admission.LATER, max_rows=2)
-    slow, quick = _row("slow", new=1), _row("quick", new=1)
+    scheduler = make_scheduler(
+        admit=lambda row: Admission.READY if row.prompt in there else Admission.LATER, max_rows=2
+    )
+    slow, quick = make_row("slow", new=1), make_row("quick", new=1)
     scheduler.add(slow)
     scheduler.add(quick)
     there.add("quick")
-    assert [p.row for p in _step(scheduler)] == [quick]
-    assert _step(scheduler) == []
+    assert [p.row for p in run_step(scheduler)] == [quick]
+    assert run_step(scheduler) == []
     there.add("slow")
-    assert [p.row for p in _step(scheduler)] == [slow]
+    assert [p.row for p in run_step(scheduler)] == [slow]
 
 
 def test_a_prompt_that_cannot_be_had_fails_its_row_alone():
@@ -147,18 +107,18 @@ def test_a_prompt_that_cannot_be_had_fails_its_row_alone():
             raise PromptNotFoundError("lost")
         return Admission.READY
 
-    scheduler = _scheduler(admit=admit)
-    rows = [_row("lost"), _row("a"), _row("lost")]
+    scheduler = make_scheduler(admit=admit)
+    rows = [make_row("lost"), make_row("a"), make_row("lost")]
     for row in rows:
         scheduler.add(row)
-    assert [p.row for p in _step(scheduler)] == [rows[1]]
+    assert [p.row for p in run_step(scheduler)] == [rows[1]]
     assert [row for row, _ in scheduler.failed] == [rows[0], rows[2]]
 
 
 @pytest.mark.parametrize("seed", range(15))
 def test_random_traffic_ends_and_frees_everything(seed):
     rng = random.Random(seed)
-    scheduler = _scheduler(
+    scheduler = make_scheduler(
         blocks=rng.randint(12, 40),
         max_rows=rng.randint(1, 9),
         max_batch_tokens=rng.randint(9, 60),
@@ -168,16 +128,16 @@ def test_random_traffic_ends_and_frees_everything(seed):
     rows = []
     for _ in range(150):
         if rng.random() < 0.4:
-            rows.append(_row(rng.choice("abcde"), text=rng.randint(1, 20), new=rng.randint(1, 25)))
+            rows.append(make_row(rng.choice("abcde"), text=rng.randint(1, 20), new=rng.randint(1, 25)))
             scheduler.add(rows[-1])
-        pieces = _step(scheduler)
+        pieces = run_step(scheduler)
         assert sum(p.count for p in pieces) <= scheduler.rules.max_batch_tokens
         assert len({p.row for p in pieces}) == len(pieces) <= scheduler.rules.max_rows
         for piece in pieces:
             assert len(piece.row.blocks) * 4 >= piece.row.computed or piece.row not in scheduler.running
         if rows and rng.random() < 0.1:
             scheduler.remove(rng.choice(rows))
-    _finish(scheduler)
+    run_all(scheduler)
     assert scheduler.pool.free == scheduler.pool.count
 
 
@@ -201,23 +161,12 @@ class _OnePrompt:
 
 
 def test_rows_that_hold_what_all_others_wait_for_go_on():
-    scheduler = _scheduler(admit=_OnePrompt().admit, max_rows=2, quantum=8)
+    scheduler = make_scheduler(admit=_OnePrompt().admit, max_rows=2, quantum=8)
     for _ in range(6):
-        scheduler.add(_row("flood", new=30))
+        scheduler.add(make_row("flood", new=30))
     for _ in range(20):
-        _step(scheduler)
+        run_step(scheduler)
     for i in range(12):  # more than are looked at in a step, and all less served than the flood
-        scheduler.add(_row(f"late{i}", new=3))
-    _finish(scheduler)
+        scheduler.add(make_row(f"late{i}", new=3))
+    run_all(scheduler)
     assert scheduler.preemptions and scheduler.pool.free == scheduler.pool.count
-
-
-def test_what_did_not_fit_was_not_found():
-    scheduler = _scheduler(blocks=3, max_rows=2)
-    scheduler.add(_row("a", text=9, new=2))
-    _step(scheduler)
-    scheduler.add(_row("a", text=12, new=1))
-    asked = scheduler.pool.asked_tokens
-    assert len(_step(scheduler)) == 1 and scheduler.pool.asked_tokens == asked and scheduler.pool.hit_tokens == 0
-    _finish(scheduler)
-    assert scheduler.pool.hit_tokens == 8

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastprompt.serving.http.pieces import Pieces
+from fastprompt.serving.http.vocabulary import Vocabulary
 from fastprompt.serving.request import Delta, TokenLogprob
 
 LOWEST = -9999.0  # JSON has no infinity
@@ -36,8 +36,8 @@ class Choice:
 class Form(ABC):
     """The shape of an answer: `whole` at once, or `opening`, `chunk` by chunk and `closing` usage."""
 
-    def __init__(self, request_id: str, model: str, pieces: Pieces, logprobs: bool) -> None:
-        self.model, self.pieces, self.logprobs = model, pieces, logprobs
+    def __init__(self, request_id: str, model: str, vocabulary: Vocabulary, logprobs: bool) -> None:
+        self.model, self.vocabulary, self.logprobs = model, vocabulary, logprobs
         self.id = f"{self.prefix}-{request_id}"
         self.created = int(time.time())
 
@@ -85,7 +85,7 @@ class CompletionForm(Form):
     def _logprobs(self, found: Sequence[TokenLogprob], choice: Choice) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        tokens = [self.pieces.text(f.token) for f in found]
+        tokens = [self.vocabulary.text(f.token) for f in found]
         offsets = []
         for text in tokens:
             offsets.append(choice.offset)
@@ -94,7 +94,7 @@ class CompletionForm(Form):
         for f in found:  # several tokens may have one text: the likeliest stands for it
             named: dict[str, float] = {}
             for token, logprob in (*f.top, (f.token, f.logprob)):
-                named.setdefault(self.pieces.text(token), max(logprob, LOWEST))
+                named.setdefault(self.vocabulary.text(token), max(logprob, LOWEST))
             best.append(named)
         return {
             "tokens": tokens,
@@ -127,8 +127,8 @@ class ChatForm(Form):
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        data = list(self.pieces.data(token))
-        return {"token": self.pieces.text(token), "logprob": max(logprob, LOWEST), "bytes": data}
+        data = list(self.vocabulary.data(token))
+        return {"token": self.vocabulary.text(token), "logprob": max(logprob, LOWEST), "bytes": data}
 
 
 def _choice(index: int, logprobs: Any, finish: str | None, stop: str | int | None) -> dict[str, Any]:

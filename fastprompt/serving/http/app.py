@@ -22,8 +22,8 @@ from fastprompt.serving.http.face import Engine
 from fastprompt.serving.http.gate import Gate
 from fastprompt.serving.http.metrics import Metrics
 from fastprompt.serving.http.options import Options
-from fastprompt.serving.http.pieces import Pieces
 from fastprompt.serving.http.state import Server
+from fastprompt.serving.http.vocabulary import Vocabulary
 
 log = logging.getLogger("fastprompt.serving")
 
@@ -46,7 +46,7 @@ def create_app(
     # parsing a prompt is torch's work: in a thread of its own, which must not have a pool of threads too
     disk = ThreadPoolExecutor(2, "fastprompt-disk", initializer=torch.set_num_threads, initargs=(1,))
     uploads = asyncio.Semaphore(options.max_uploads)
-    server = Server(engine, access or Access(), options, Metrics(), Pieces(engine.tokenizer), uploads, disk)
+    server = Server(engine, access or Access(), options, Metrics(), Vocabulary(engine.tokenizer), uploads, disk)
     app = FastAPI(title="fastprompt", version=fastprompt.__version__, docs_url=None, redoc_url=None, lifespan=_lifespan)
     app.state.server = server
     server.metrics.registry.register(EngineCollector(server))

@@ -95,14 +95,13 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     engine: Any = server.engine
     ids = await encode_chat(engine.tokenizer, [message.plain() for message in body.messages], server.longest_text)
     wanted = body.max_completion_tokens or body.max_tokens
-    most = engine.limits.max_model_len
-    check_room(len(ids), wanted or 1, most, "messages")
-    params = body.params(wanted or _rest(server, prompt, most - len(ids)), best)
+    check_room(len(ids), wanted or 1, engine.limits.room(0), "messages")
+    params = body.params(wanted or _rest(server, prompt, len(ids)), best)
     reserved = caller.limiter.take_tokens(len(ids), params.n * params.max_tokens)
     work = Work(
         engine,
         [Generation(ids, prompt, params, f"{state.request_id}-0")],
-        ChatForm(state.request_id, body.model, server.pieces, bool(body.logprobs)),
+        ChatForm(state.request_id, body.model, server.vocabulary, bool(body.logprobs)),
         caller.limiter,
         include_usage,
         server.options.stall_seconds,
@@ -111,7 +110,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     return answer(work, body.stream)
 
 
-def _rest(server: Server, prompt: str | None, left: int) -> int:
+def _rest(server: Server, prompt: str | None, text: int) -> int:
     """Tokens that fit behind a text: virtual tokens take room too."""
-    virtual = 0 if prompt is None else server.engine.registry.current(prompt).length
-    return max(1, left - virtual)
+    engine: Any = server.engine
+    virtual = 0 if prompt is None else engine.registry.current(prompt).length
+    return max(1, engine.limits.room(virtual) - text)

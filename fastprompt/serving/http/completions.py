@@ -70,12 +70,12 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     if isinstance(texts[0], str):
         ids = await encode(engine.tokenizer, texts, server.longest_text)
     for text in ids:
-        check_room(len(text), params.max_tokens, engine.limits.max_model_len, "prompt")
+        check_room(len(text), params.max_tokens, engine.limits.room(0), "prompt")
     reserved = caller.limiter.take_tokens(sum(map(len, ids)), len(ids) * params.n * params.max_tokens)
     work = Work(
         engine,
         [Generation(text, prompt, params, f"{state.request_id}-{i}") for i, text in enumerate(ids)],
-        CompletionForm(state.request_id, body.model, server.pieces, body.logprobs is not None),
+        CompletionForm(state.request_id, body.model, server.vocabulary, body.logprobs is not None),
         caller.limiter,
         include_usage,
         server.options.stall_seconds,

@@ -43,7 +43,7 @@ class InputFields(ModelFields):
         check_count(len(texts), "input")
         if not isinstance(texts[0], str):
             return texts
-        cut = {"truncation": True, "max_length": await engine.room(prompt)} if self.truncate else {}
+        cut = {"truncation": True, "max_length": max(1, await engine.room(prompt))} if self.truncate else {}
         return (await engine.encode(texts, verbose=False, **cut))["input_ids"]
 
 

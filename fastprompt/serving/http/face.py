@@ -15,6 +15,8 @@ class Limits(Protocol):
 
     @property
     def max_model_len(self) -> int: ...
+    def room(self, virtual: int) -> int:
+        """Tokens of text and answer together, behind so many virtual ones."""
 
 
 class Finished(Protocol):

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastprompt.serving.http.access import ANYONE, Caller
-from fastprompt.serving.http.errors import ApiError, reply, unavailable
+from fastprompt.serving.http.errors import ApiError, explain, reply, unavailable
 from fastprompt.serving.http.options import Options
 from fastprompt.serving.http.state import Server
 
@@ -30,6 +30,7 @@ class Gate:
         anything but a look, while the server drains            -> 503
         more requests than the key may send                     -> 429
         a body larger than its limit, as soon as that is known  -> 413; one that stops coming -> 408
+        a route that raises what nobody expected                -> 500
     """
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
@@ -39,10 +40,12 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id, started = uuid.uuid4().hex, time.perf_counter()
+        request_id, started, answering = uuid.uuid4().hex, time.perf_counter(), False
 
         async def identified(message: Message) -> None:
+            nonlocal answering
             if message["type"] == "http.response.start":
+                answering = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
                 self.server.metrics.answered(scope, message["status"], time.perf_counter() - started)
             await send(message)
@@ -59,6 +62,10 @@ class Gate:
         self.server.active += working
         try:
             await self.app(scope, body, identified)
+        except Exception as error:  # a fault of ours: answered and counted as all else
+            if answering:
+                raise
+            await reply(explain(error))(scope, receive, identified)
         finally:
             self.server.active -= working
 

@@ -134,9 +134,13 @@ class _Runner:
             await asyncio.sleep(0.02)
         if self.state.active:
             log.warning("%d requests did not end in time and are cancelled", self.state.active)
-        if self.state.started:
-            await self.state.engine.close()
-        self.uvicorn.should_exit = True
+        try:
+            if self.state.started:
+                await self.state.engine.close()
+        except Exception:
+            log.exception("the engine did not end as it should")
+        finally:
+            self.uvicorn.should_exit = True
 
     def reload(self) -> None:
         try:

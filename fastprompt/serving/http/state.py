@@ -17,7 +17,7 @@ from fastprompt.serving.http.options import Options
 
 if TYPE_CHECKING:
     from fastprompt.serving.http.metrics import Metrics
-    from fastprompt.serving.http.pieces import Pieces
+    from fastprompt.serving.http.vocabulary import Vocabulary
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class Server:
     access: Access
     options: Options
     metrics: Metrics
-    pieces: Pieces
+    vocabulary: Vocabulary
     uploads: asyncio.Semaphore
     disk: Executor
     loading: bool = False
@@ -50,7 +50,7 @@ class Server:
     def longest_text(self) -> int:
         """Characters beyond which a text cannot fit, so that it need not be tokenized."""
         engine: Any = self.engine
-        return engine.limits.max_model_len * self.pieces.longest
+        return engine.limits.max_model_len * self.vocabulary.longest
 
     @property
     def alive(self) -> bool:

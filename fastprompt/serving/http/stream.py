@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastprompt.serving.http.answers import Choice, Form, usage_of
-from fastprompt.serving.http.errors import explain, reply
+from fastprompt.serving.http.errors import ApiError, explain, reply
 from fastprompt.serving.http.face import TextEngine
 from fastprompt.serving.http.rates import Limiter
 from fastprompt.serving.http.rows import Rows
@@ -28,7 +28,8 @@ class ClientGone(Exception):
 
 @dataclass
 class Work:
-    """One HTTP request's generations, the form of the answer, and what its key has reserved for it."""
+    """One HTTP request's generations, the form of the answer, and what its key has reserved for it; `refused` if it
+    failed before its first token."""
 
     engine: TextEngine
     generations: Sequence[Generation]
@@ -37,6 +38,7 @@ class Work:
     include_usage: bool = False
     stall_seconds: float = 30.0
     reserved: int = 0
+    refused: bool = False
     choices: list[Choice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -54,8 +56,13 @@ class Work:
         return usage_of(sum(len(g.token_ids) for g in self.generations), self.choices)
 
     def settle(self) -> None:
-        """Give the key back what it reserved and did not use."""
-        self.limiter.settle(self.reserved, self.usage["total_tokens"])
+        """Give the key back what it reserved and did not use: all of it where nothing was answered."""
+        self.limiter.settle(self.reserved, 0 if self.refused else self.usage["total_tokens"])
+
+    def explain(self, error: Exception) -> ApiError:
+        """What the client is told of an error that ended the work."""
+        self.refused = not any(choice.tokens for choice in self.choices)
+        return explain(error)
 
 
 class Answer(Response):
@@ -67,7 +74,7 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _while_connected(receive, self._answer(scope, receive, send))
+            await while_connected(receive, self._answer(scope, receive, send))
         except ClientGone:
             return
         finally:
@@ -88,7 +95,7 @@ class WholeAnswer(Answer):
                     for text, delta in news:
                         work.take(text, delta)
         except Exception as error:
-            await reply(explain(error))(scope, receive, send)
+            await reply(work.explain(error))(scope, receive, send)
             return
         content = to_json(work.form.whole(work.choices, work.usage))
         await Response(content, media_type="application/json")(scope, receive, send)
@@ -121,7 +128,7 @@ class EventStream(Answer):
         except ClientGone:
             raise
         except Exception as error:
-            said = explain(error)
+            said = self._work.explain(error)
             if not started:
                 await reply(said)(scope, receive, send)
                 return
@@ -167,7 +174,7 @@ def event_of(data: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(data) + b"\n\n"
 
 
-async def _while_connected(receive: Receive, answering: Any) -> None:
+async def while_connected(receive: Receive, answering: Any) -> None:
     """Run the answer, unless the client goes away: then cancel it."""
     answered = asyncio.ensure_future(answering)
     gone = asyncio.ensure_future(_disconnected(receive))

@@ -125,3 +125,23 @@ def port_of(engine: FakeEngine) -> Callable[..., AbstractContextManager[Port]]:
             yield port
 
     return make
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts servers over `folder`, and ends them with the test."""
+    from serving.http.processes import Process
+    from serving.http.test_access import TOML
+
+    (tmp_path / "keys.toml").write_text(TOML)
+    started: list[Any] = []
+
+    def make(pause: float, drain: float) -> Any:
+        started.append(Process(folder, tmp_path / "keys.toml", pause, drain))
+        started[-1].until(lambda: started[-1].get("/ready") == 200)
+        return started[-1]
+
+    yield make
+    for process in started:
+        process.process.kill()
+        process.end()

@@ -53,6 +53,9 @@ class Limits:
     max_rows: int = 8
     max_queued: int = 64
 
+    def room(self, virtual: int) -> int:
+        return self.max_model_len - virtual
+
 
 @dataclass(frozen=True)
 class TierStats:

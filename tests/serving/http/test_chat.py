@@ -121,3 +121,17 @@ def test_templates_that_refuse(client, engine, tokenizer, template, said):
     told = error(client.post(URL, json=body()), 400)
     assert said in told["message"] and told["param"] == "messages"
     assert tokenizer.chat_template == TEMPLATE
+
+
+def test_by_default_an_answer_is_as_long_as_there_is_room(client, engine, tokenizer, monkeypatch):
+    """A row's positions bound it, and the memory of the server."""
+    length = len(tokenizer(TEXT, add_special_tokens=False).input_ids)
+    open_ended = {"model": "ada", "messages": MESSAGES, "stream": False}
+    for room in (engine.limits.room, lambda virtual: 60):
+        monkeypatch.setattr(type(engine.limits), "room", lambda self, virtual, room=room: room(virtual))
+        answer = client.post(URL, json=open_ended)
+        assert answer.status_code == 200, answer.text
+        virtual = engine.registry.current("ada").length
+        assert engine.seen[-1].params.max_tokens == room(virtual) - length
+    told = error(client.post(URL, json=body(max_tokens=60)), 400)
+    assert told["code"] == "context_length_exceeded"

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import fastprompt as fp
 from fastprompt import demo, env
 from fastprompt.cli import app
-from fastprompt.cli.serve import _generates
 from fastprompt.cli.sizes import parse_bytes
 from fastprompt.errors import ArgumentError
+from fastprompt.serving.launch import generates
 
 KEY, ADMIN = "a-key-for-the-command", "an-admin-key-for-it"
 
@@ -67,7 +67,7 @@ def test_kinds_of_backbones(tmp_path):
 
     zoo.causal("llama").save_pretrained(tmp_path / "causal")
     zoo.encoder("bert").save_pretrained(tmp_path / "encoder")
-    assert _generates(str(tmp_path / "causal")) and not _generates(str(tmp_path / "encoder")) and _generates("embedded")
+    assert generates(str(tmp_path / "causal")) and not generates(str(tmp_path / "encoder")) and generates("embedded")
 
 
 def test_a_server_from_its_start_to_its_end(tmp_path):

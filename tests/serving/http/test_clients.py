@@ -17,6 +17,7 @@ from fastprompt.serving.http.rows import Rows
 from fastprompt.serving.request import Delta, Generation, SamplingParams, TokenLogprob
 
 ASKED = {"model": "ada", "prompt": [5, 6], "max_tokens": 400}
+LONG = ASKED | {"stream": True, "n": 60, "logprobs": 20, "max_tokens": 300}  # far more than sockets hold
 PATIENCE = 300.0  # seconds: far more than anything takes
 
 
@@ -69,15 +70,23 @@ def test_a_client_that_goes_away_before_its_first_token(port_of, engine):
 def test_a_client_that_reads_nothing_holds_up_nobody(port_of, engine, tokenizer):
     """Its answer is far larger than the sockets' buffers; the engine finishes it, and others are answered meanwhile."""
     engine.pause = 0.0
-    with port_of(options=Options(stall_seconds=2.0)) as port:
-        stuck = connect(port, ASKED | {"stream": True, "n": 60, "logprobs": 20, "max_tokens": 300}, window=4096)
+    with port_of(options=Options(stall_seconds=PATIENCE)) as port:
+        stuck = connect(port, LONG, window=4096)
         until(lambda: engine.seen)
         answer = httpx.post(f"{port.url}/v1/completions", json=ASKED | {"max_tokens": 5}, timeout=PATIENCE).json()
         want = tokenizer.decode(expected("ada", [5, 6], 5), skip_special_tokens=True)
         assert answer["choices"][0]["text"] == want
         until(lambda: not engine.active)
         assert engine.cancelled == []  # not held up: its rows came to their end
-        until(lambda: port.app.state.server.active == 0)  # let go after the stall
+        assert port.app.state.server.active == 1  # what it has not taken waits for it
+        stuck.close()
+        until(lambda: port.app.state.server.active == 0)
+
+
+def test_a_client_that_reads_nothing_is_let_go(port_of, engine):
+    with port_of(options=Options(stall_seconds=0.5)) as port:
+        stuck = connect(port, LONG, window=4096)
+        until(lambda: engine.seen and port.app.state.server.active == 0)
         stuck.close()
 
 

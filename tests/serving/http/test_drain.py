@@ -3,101 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
-from serving.http.test_access import ADA, ANY, TOML, bearer
+from serving.http.test_access import ADA, TOML
 
 from fastprompt.errors import ArgumentError
 from fastprompt.serving.http import Access, create_app
-from fastprompt.serving.http.server import EngineEndedError, binding, run
-
-TESTS = Path(__file__).parents[2]
-PATIENCE = 600.0
-ASKED = {"model": "ada", "prompt": [5, 6], "max_tokens": 60}
-
-
-class Process:
-    def __init__(self, folder: Path, keys: Path, pause: float, drain: float) -> None:
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("drain_app.py")),
-            *map(str, (folder, keys, pause, drain)),
-        ]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        assert self.process.stderr is not None
-        self.log: list[str] = []
-        for line in self.process.stderr:
-            self.log.append(line)
-            if found := re.search(r"running on (http://\S+)", line):
-                self.url = found[1]
-                break
-        else:
-            raise AssertionError("".join(self.log))
-        self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr or ()))
-        self.reader.start()
-
-    def get(self, path: str, key: str = ANY) -> int:
-        return httpx.get(self.url + path, headers=bearer(key), timeout=PATIENCE).status_code
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def ask(self, **fields: object) -> tuple[threading.Thread, list[httpx.Response | Exception]]:
-        """A request under way in a thread, and where its answer will be."""
-        answers: list[httpx.Response | Exception] = []
-
-        def ask() -> None:
-            try:
-                url = f"{self.url}/v1/completions"
-                answers.append(httpx.post(url, json=ASKED | fields, headers=bearer(ANY), timeout=PATIENCE))
-            except httpx.HTTPError as error:
-                answers.append(error)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        return thread, answers
-
-    def until(self, true: Callable[[], bool]) -> None:
-        end = time.monotonic() + PATIENCE
-        while not true():
-            assert time.monotonic() < end and self.process.poll() is None, self.log
-            time.sleep(0.01)
-
-    def running(self) -> bool:
-        page = httpx.get(f"{self.url}/v1/stats", headers=bearer("key-of-admin-0123456789"), timeout=PATIENCE)
-        return page.json()["engine"]["running"] > 0
-
-    def end(self) -> int:
-        code = self.process.wait(PATIENCE)
-        self.reader.join()
-        return code
-
-
-@pytest.fixture
-def start(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    (tmp_path / "keys.toml").write_text(TOML)
-    started: list[Process] = []
-
-    def make(pause: float, drain: float) -> Process:
-        started.append(Process(folder, tmp_path / "keys.toml", pause, drain))
-        started[-1].until(lambda: started[-1].get("/ready") == 200)
-        return started[-1]
-
-    yield make
-    for process in started:
-        process.process.kill()
-        process.end()
+from fastprompt.serving.http.server import EngineEndedError, _Runner, binding, run
 
 
 def test_what_runs_may_end_and_what_is_new_is_refused(start, tmp_path):
@@ -163,3 +77,17 @@ def test_a_server_whose_engine_died_ends(engine):
     engine.start = die
     with pytest.raises(EngineEndedError, match="engine has ended"):
         run(create_app(engine), binding("127.0.0.1", 0, Access()))
+
+
+def test_an_engine_that_does_not_close_does_not_keep_the_process(engine, caplog):
+    async def broken(drain: float | None = None) -> None:
+        raise RuntimeError("it hangs on")
+
+    async def main() -> bool:
+        await engine.start()
+        engine.close = broken
+        runner = _Runner(create_app(engine), binding("127.0.0.1", 0, Access()), 0.0)
+        await runner.drain()
+        return runner.uvicorn.should_exit
+
+    assert asyncio.run(main()) and "it hangs on" in caplog.text

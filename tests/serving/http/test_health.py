@@ -136,3 +136,12 @@ def test_other_methods_and_paths(client):
     assert error(client.post("/health"), 405)["code"] == "method_not_allowed"
     assert error(client.get("/v1/completions"), 405)["type"] == "invalid_request_error"
     assert error(client.get("/v2/models"), 404)["code"] == "not_found"
+
+
+def test_a_route_that_breaks_is_answered_and_counted(client, engine, monkeypatch):
+    monkeypatch.setattr(engine.registry, "names", lambda *args: 1 / 0)
+    response = client.get("/v1/models")
+    assert error(response, 500)["code"] == "internal_error" and len(response.headers["x-request-id"]) == 32
+    found = samples(client.get("/metrics").text)
+    labels = ("method", "GET"), ("route", "/v1/models"), ("status", "500")
+    assert found[("fastprompt_http_requests_total", *labels)] == 1 and client.app.state.server.active == 0

@@ -10,6 +10,7 @@ from serving.http.test_completions import error
 from fastprompt.serving.http import Access
 from fastprompt.serving.http.errors import ApiError
 from fastprompt.serving.http.rates import Bucket, Limiter
+from fastprompt.serving.request import OverloadedError
 
 KEY, FREE = "a-limited-key-012345", "an-unlimited-key-012345"
 
@@ -98,11 +99,19 @@ def test_tokens_a_minute(limited, clock, engine, stream):
     assert ask(20, 70).status_code == 200
 
 
-def test_a_request_that_fails_costs_nothing_but_a_request(limited, engine):
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "status"), [(ZeroDivisionError(), 500), (OverloadedError("full", 1.0), 429)], ids=["broken", "full"]
+)
+def test_a_request_that_fails_costs_nothing_but_a_request(limited, engine, stream, wrong, status):
     client = limited("tokens_per_minute = 100")
-    engine.error, engine.fail_after = ZeroDivisionError(), 0
+    asked = {"model": "ada", "prompt": [5] * 40, "max_tokens": 50, "stream": stream}
+    engine.error, engine.fail_after = wrong, 0
     for _ in range(5):
-        response = client.post(
-            "/v1/completions", json={"model": "ada", "prompt": [5], "max_tokens": 50}, headers=bearer(KEY)
-        )
-        assert response.status_code == 500
+        response = client.post("/v1/completions", json=asked, headers=bearer(KEY))
+        assert response.status_code == status and error(response, status)["code"] != "rate_limit_exceeded"
+    engine.fail_after = 3  # what was written, and the text that it was written to, is to be paid
+    assert client.post("/v1/completions", json=asked, headers=bearer(KEY)).status_code == (200 if stream else status)
+    engine.error = None
+    assert error(client.post("/v1/completions", json=asked, headers=bearer(KEY)), 429)["code"] == "rate_limit_exceeded"
+    assert client.post("/v1/completions", json=asked | {"max_tokens": 17}, headers=bearer(KEY)).status_code == 200

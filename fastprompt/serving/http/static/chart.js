@@ -90,7 +90,7 @@ export class Chart {
     const parts = [];
     for (const value of [0, top / 2, top]) {
       parts.push(svg("line", { class: "grid", x1: EDGE.left, x2: this.width - EDGE.right, y1: y(value), y2: y(value) }));
-      const label = scaled ? this.format(value) : value === 0 ? "0" : "";
+      const label = value === 0 ? "0" : scaled ? this.format(value) : "";
       parts.push(svg("text", { class: "axis", x: EDGE.left - 6, y: y(value) + 4, "text-anchor": "end" }, label));
     }
     const text = { class: "axis", y: HEIGHT - 4 };

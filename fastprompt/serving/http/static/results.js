@@ -49,7 +49,7 @@ async function text(result, request, signal) {
   const took = (performance.now() - start) / 1000;
   const tokens = usage?.completion_tokens;
   const parts = [first === null ? "no text" : `first text after ${seconds(first)}`];
-  if (tokens) parts.push(`${tokens} tokens in ${seconds(took)}`);
+  if (tokens) parts.push(`${counted(tokens)} in ${seconds(took)}`);
   if (reason) parts.push(`ended by ${reason}`);
   result.note.textContent = parts.join(" · ");
 }
@@ -61,11 +61,13 @@ function textCall(model, request) {
     : { path: "/v1/completions", json: { ...shared, prompt: request.text } };
 }
 
+const counted = (tokens) => `${tokens} ${tokens === 1 ? "token" : "tokens"}`;
+
 async function timed(result, call) {
   const start = performance.now();
   const answer = await call();
   const tokens = answer.usage.prompt_tokens;
-  result.note.textContent = `${tokens} tokens · ${seconds((performance.now() - start) / 1000)}`;
+  result.note.textContent = `${counted(tokens)} · ${seconds((performance.now() - start) / 1000)}`;
   return answer.data[0];
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Pieces:
+class Vocabulary:
     """What each token of a tokenizer stands for.
 
     Semantics:
