@@ -1,0 +1,32 @@
+"""vLLM on the CPU, in an environment of its own (`make test-vllm`); without it only what needs none runs."""
+
+import importlib.util
+import os
+
+import pytest
+import vllm_cases
+from vllm_cases import SECRET, Served
+
+INSTALLED = getattr(importlib.util.find_spec("vllm"), "origin", None) is not None  # this folder has the name too
+ALONE = {"test_store.py", "test_tickets.py", "test_export.py"}  # what runs without vLLM
+
+if INSTALLED:
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+
+
+@pytest.fixture(autouse=True)
+def _with_vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not INSTALLED and request.path.name not in ALONE:
+        pytest.skip("vllm is not installed: make test-vllm")
+    monkeypatch.setenv("FASTPROMPT_VLLM_SECRET", SECRET)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """A backbone with grouped heads and prompts of every kind and length; tests that change prompts make their own."""
+    return vllm_cases.serve(tmp_path_factory.mktemp("gqa"))
