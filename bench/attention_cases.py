@@ -24,7 +24,8 @@ class Case:
 
     `ragged`: prompts of unequal length, the longest `prefix`, and of unequal popularity. `strided`: heads after
     tokens in memory, as a model hands them over. `padded`: rows padded on the left. `rotate`: every call reads inputs
-    that the caches no longer hold. `judged`: the share of the machine's ceiling has a target too.
+    that the caches no longer hold. `judged`: the share of the machine's ceiling has a target too. `paged`: own keys lie
+    in the pages of a cache, which is `paged_prefix_attention`.
     """
 
     rows: int
@@ -44,6 +45,11 @@ class Case:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     targets: Mapping[tuple[str, str], float] = field(default_factory=lambda: MappingProxyType({}))
     judged: bool = False
+    paged: bool = False
+
+    @property
+    def op(self) -> str:
+        return "paged_prefix_attention" if self.paged else "prefix_attention"
 
     @property
     def name(self) -> str:
@@ -56,6 +62,7 @@ class Case:
         words += ["causal" if self.causal else "bidirectional"] if self.queries > 1 else []
         words += [flag for flag in ("ragged", "strided", "padded") if getattr(self, flag)]
         words += [f"window{self.window}"] if self.window else []
+        words += ["paged"] if self.paged else []
         return " ".join(words)
 
     @property

@@ -42,13 +42,16 @@ class Truth:
 def truth(case: Case, inputs: Inputs) -> Truth:
     """What a case must give: the oracle in float64, and plain PyTorch in the dtype for the bound."""
     exact = _whole(case, inputs.double(), _oracle)
-    usual = _whole(case, inputs, _plain)
-    eps = torch.finfo(inputs.q.dtype).eps
-    bound = {
-        name: 2 * (usual[name].double() - want).abs().max().item() + eps * want.abs().max().item()
-        for name, want in exact.items()
-    }
-    return Truth(exact, bound)
+    return bounded(exact, _whole(case, inputs, _plain), inputs.q.dtype)
+
+
+def bounded(exact: Mapping[str, Tensor], usual: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Truth:
+    """The ops' bound around results in float64, from those of plain PyTorch in a dtype, by default in their own."""
+    bound = {}
+    for name, want in exact.items():
+        step = torch.finfo(dtype or usual[name].dtype).eps * want.abs().max().item()
+        bound[name] = 2 * (usual[name].double() - want).abs().max().item() + step
+    return Truth(dict(exact), bound)
 
 
 def _whole(case: Case, inputs: Inputs, attend: Callable[[Case, Inputs, list[Tensor]], Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from fastprompt import native
 
 _CLEAR = 2.0  # times the other one that a floor must be for it alone to be the bound
 _ROUNDS = 8
+_TRIES = 4
 _SHAPES = ((512, 2048, 2048), (1024, 1024, 1024), (2048, 2048, 2048))  # M, N, K
 _ALSO = {"fp32": ("fp32",), "bf16": ("bf16", "fp32"), "fp16": ("fp16", "fp32")}  # a kernel may convert as it reads
 
@@ -121,14 +122,17 @@ def _matrix(dtype: str, clock: str, quick: bool) -> Ceiling:
 
 
 def _best(ways: Mapping[str, tuple[Callable[[], Any], float]], clock: str, rounds: int) -> Ceiling:
-    """The way that does most a second in its best run, the ways taking turns."""
+    """The way that does most a second in its best run, the ways taking turns; again where other processes ran."""
     contestants = {how: Contestant(run, lambda _: None) for how, (run, _amount) in ways.items()}
     measure.interleave(contestants, 1)
-    samples = measure.interleave(contestants, rounds)
-    best = {how: min(runs, key=lambda s: getattr(s, clock)) for how, runs in samples.items()}
-    rates = {how: ways[how][1] / getattr(sample, clock) for how, sample in best.items()}
-    how = max(rates, key=rates.__getitem__)
-    return Ceiling(rates[how], how, best[how].quiet)
+    found: list[Ceiling] = []
+    while len(found) < (_TRIES if rounds > 1 else 1) and not (found and found[-1].quiet):
+        samples = measure.interleave(contestants, rounds)
+        best = {how: min(runs, key=lambda s: getattr(s, clock)) for how, runs in samples.items()}
+        rates = {how: ways[how][1] / getattr(sample, clock) for how, sample in best.items()}
+        how = max(rates, key=rates.__getitem__)
+        found.append(Ceiling(rates[how], how, best[how].quiet))
+    return max(found, key=lambda ceiling: ceiling.rate)
 
 
 def _native_rate(dtype: str) -> float | None:

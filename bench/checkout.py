@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+BUILT = ROOT / "build" / "gpu-check"  # where gpu-check compiles what is not installed
 _TRITON = "fastprompt._triton"
 
 
@@ -23,6 +24,15 @@ def find_kernels() -> None:
     package = importlib.util.module_from_spec(spec)
     sys.modules[_TRITON] = package
     spec.loader.exec_module(package)
+
+
+def find_extensions() -> None:
+    """Makes native extensions in `BUILT` importable, where none are installed."""
+    import fastprompt
+
+    folder = str(BUILT / "fastprompt")
+    if folder not in fastprompt.__path__:
+        fastprompt.__path__.append(folder)  # what is installed comes first
 
 
 def find_cases() -> None:

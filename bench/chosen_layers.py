@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 import fastprompt as fp
-from bench import machine, measure
+from bench import machine, measure, options
 from bench.backbones import LlamaSize, facts, llama, random_text
 from bench.measure import Agreement, CheckFailed, Contestant, Journal
 from bench.prefix_attention_memory import peak_growth
@@ -27,11 +26,7 @@ _TOLERANCE = 1e-5  # of gradients, relative to their scale
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench chosen-layers`."""
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, judges nothing")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of the interleaved run")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine")
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+    options.add(parser, "quick", "threads", "wait", "out", rounds=7)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ def generate_case(size: Size, rounds: int) -> Outcome:
     bare = llama(size.backbone)
     ours = fp.PromptedModel(twin(bare))
     # more prompts than rows and rows in any order: the extents a batch reads lie scattered, as in use
-    names = _shuffled(_add_prefixes(ours, rows + rows // 2, length))[:rows]
+    names = shuffled(add_prefixes(ours, rows + rows // 2, length))[:rows]
     text = random_text(size.backbone, rows, text_tokens)
     with TemporaryDirectory() as folder:
         peft = with_peft(bare, _export(ours, names, Path(folder)))
@@ -130,9 +130,9 @@ def bank_case(size: Size, rounds: int) -> Outcome:
     models = {count: fp.PromptedModel(twin(bare)) for count in (few, many)}
     names: dict[int, list[str]] = {}
     for count, model in models.items():
-        names[count] = _add_prefixes(model, count, length)
+        names[count] = add_prefixes(model, count, length)
     # the same prompts in both, scattered over all of either bank
-    used = {count: _shuffled(names[count])[:rows] for count in (few, many)}
+    used = {count: shuffled(names[count])[:rows] for count in (few, many)}
     for small, large in zip(used[few], used[many], strict=True):
         models[few].library[small].load_state_dict(models[many].library[large].state_dict())
     text = random_text(size.backbone, rows, text_tokens)
@@ -181,7 +181,7 @@ def _greedy(new: int) -> dict[str, Any]:
     return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
 
 
-def _add_prefixes(model: fp.PromptedModel, count: int, length: int) -> list[str]:
+def add_prefixes(model: fp.PromptedModel, count: int, length: int) -> list[str]:
     """`count` random prefix prompts, all resident in the bank one after the other; their names."""
     config = fp.PrefixTuning(num_virtual_tokens=length, init_std=_INIT_STD)
     for i in range(count):
@@ -193,7 +193,7 @@ def _add_prefixes(model: fp.PromptedModel, count: int, length: int) -> list[str]
     return model.prompt_names
 
 
-def _shuffled(names: Sequence[str]) -> list[str]:
+def shuffled(names: Sequence[str]) -> list[str]:
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
     return [names[i] for i in order.tolist()]
 

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
-from bench import machine, measure
+from bench import machine, measure, options
 from bench.backbones import LlamaSize, facts
 from bench.measure import Agreement, CheckFailed, Journal, Ratio, Sample, Spread
 
@@ -76,11 +75,7 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser, cases: Sequence[str]) -> None:
     """The options of a benchmark that `run_cases` runs."""
     parser.add_argument("--case", nargs="+", choices=cases, default=list(cases), help="which cases (default: all)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, judges nothing")
-    parser.add_argument("--rounds", type=int, help="rounds of each interleaved run")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine before each case")
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+    options.add(parser, "quick", "rounds", "threads", "wait", "out")
 
 
 def run_cases(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import machine
+from bench import machine, options
 from bench.attention_baselines import ours
 from bench.attention_cases import Case
 from bench.attention_inputs import DTYPES, build
@@ -31,6 +31,7 @@ from bench.measure import Journal
 from fastprompt import dispatch
 from fastprompt.ops import prefix_attention
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop else
 _C = ctypes.CDLL(None)
 _GROWTH = 8 << 20  # bytes: what an allocator may keep more of after hours than after the first tenth
 _OF_PREFIX = 0.25  # of the prefixes' bytes: a copy of only one of keys and values would be 0.5
@@ -66,8 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench prefix-attention-memory`."""
     parser.add_argument("--calls", type=int, default=100_000, help="calls of changing shapes (default: 100000)")
     parser.add_argument("--impl", choices=dispatch.IMPLS, help="implementation to measure (default: the best here)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+    options.add(parser, "threads", "out")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench import machine, measure
+from bench import machine, measure, options
 from bench.measure import Contestant, Journal, Spread
 from fastprompt import PromptedModel, demo
 from fastprompt.prompt_format import prompt_files
@@ -34,9 +34,8 @@ _LINKS = 10_000  # names a file is linked to before a fresh one is written: file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench registered-prompts`."""
     parser.add_argument("--names", type=int, nargs=2, default=(10, 100_000), help="the two registries' sizes")
-    parser.add_argument("--rounds", type=int, default=21, help="rounds of the interleaved run (default: 21)")
     parser.add_argument("--calls", type=int, default=2000, help="leases in a round (default: 2000)")
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+    options.add(parser, "out", rounds=21)
 
 
 def run(args: argparse.Namespace) -> int:

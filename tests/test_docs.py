@@ -2,55 +2,29 @@
 
 import inspect
 import json
-import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import zoo
+from doc_pages import PAGES, ROOT, blocks, languages, prose, shell_lines, table
 
 from fastprompt import PromptedModel, env, prompt_format
 from fastprompt.demo import ASSETS, tasks
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 SETUP = (ROOT / "setup.py").read_text()
-
-
-def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """Line number and text of every fenced block of a language."""
-    text = page.read_text()
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, m.start(1)), m[1]) for m in found]
-
-
-def prose(page: Path) -> str:
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchor(heading: str) -> str:
     """The id that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-
-
-def table(page: Path, first: str) -> list[list[str]]:
-    """The rows of the table whose first header cell is `first`."""
-    lines = iter(page.read_text().splitlines())
-    next(line for line in lines if line.startswith(f"| {first} |"))
-    next(lines)
-    rows = []
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip().strip("`") for cell in line.strip("|").split("|")])
-    return rows
-
-
-def commands(word: str) -> list[list[str]]:
-    """Command lines of all pages' shell blocks that begin with a word."""
-    lines = [line for page in PAGES for _, text in blocks(page, "sh") for line in text.splitlines()]
-    return [parts for line in lines if (parts := shlex.split(line, comments=True)) and parts[0] == word]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
@@ -59,6 +33,14 @@ def test_python_runs(page, tmp_path, monkeypatch):
     names = {"__name__": page.stem}
     for line, text in blocks(page, "python"):
         exec(compile("\n" * line + text, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_blocks_are_of_languages_that_tests_look_at(page):
+    """Python runs, shell lines are parsed (test_docs_shell.py), TOML is read; others are no code."""
+    assert languages(page) <= {"python", "sh", "toml", "text", ""}
+    for _, text in blocks(page, "toml"):
+        tomllib.loads(text)
 
 
 def test_the_main_page_has_a_quickstart_of_ten_lines():
@@ -96,15 +78,22 @@ def test_every_module_stands_in_the_module_map():
 def test_modules_import_downwards():
     """As the module map says: from the same line of it or from lines below."""
     rows = [row[0] for row in table(ROOT / "docs" / "architecture.md", "module")]
-    line = {part: i for i, row in enumerate(rows) for part in re.findall(r"fastprompt/(\w+)", row)}
+    line = {part: i for i, row in enumerate(rows) for part in re.findall(r"fastprompt/([\w/]*\w)", row)}
+
+    def place(parts):
+        """The line of the most that the map says of a module; None where it says nothing."""
+        return next((line[key] for n in (2, 1) if (key := "/".join(parts[:n])) in line), None)
+
     for path in (ROOT / "fastprompt").rglob("*.py"):
-        module = path.relative_to(ROOT / "fastprompt").parts[0].removesuffix(".py")
+        here = place(path.relative_to(ROOT / "fastprompt").with_suffix("").parts)
         text = path.read_text()
-        imports = re.findall(r"^(?:from|import) fastprompt\.(\w+)", text, re.MULTILINE)
+        imports = [
+            found.split(".") for found in re.findall(r"^(?:from|import) fastprompt\.([\w.]+)", text, re.MULTILINE)
+        ]
         for names in re.findall(r"^from fastprompt import (.+)$", text, re.MULTILINE):
-            imports += [name for name in names.split(", ") if name in line]
-        if module in line:
-            assert [name for name in imports if line[name] < line[module]] == [], path
+            imports += [[name] for name in names.split(", ") if name in line]
+        if here is not None:
+            assert [found for found in imports if (place(found) or 0) < here] == [], path
 
 
 def test_every_environment_variable_is_documented_and_read():
@@ -134,34 +123,6 @@ def test_the_table_of_what_runs_agrees_with_the_backbones():
             assert (info.path, info.compiles) == (path, embedding_prompts == "compiled to a prefix"), name
 
 
-def test_commands_parse():
-    from typer.main import get_command
-
-    from fastprompt.cli import app
-
-    group = get_command(app)
-    found = commands("fastprompt")
-    assert {parts[1] for parts in found} == set(group.commands)  # every command is shown, and only those
-    for parts in found:
-        group.commands[parts[1]].make_context(parts[1], parts[2:])
-
-
-def test_make_targets_and_benchmarks_exist():
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert {parts[1] for parts in commands("make")} <= set(targets)
-    from bench.__main__ import COMMANDS
-
-    named = {name for page in PAGES for name in re.findall(r"python -m bench ([\w-]+)", page.read_text())}
-    assert named and named <= set(COMMANDS)
-
-
-def test_scripts_exist():
-    for page in PAGES:
-        for _, text in blocks(page, "sh"):
-            for script in re.findall(r"^(\.\w+/\w+)", text, re.MULTILINE):
-                assert os.access(ROOT / script, os.X_OK), script
-
-
 @pytest.fixture
 def record():
     return json.loads((ASSETS / "record.json").read_text())
@@ -174,7 +135,7 @@ def test_numbers_of_the_training_record(record):
             held = held[int(key) if isinstance(held, list) else key]
         assert value in (str(held), f"{held:,}" if isinstance(held, int) else None), path
     assert [[record["command"]]] == [
-        [shlex.join(parts)] for parts in commands("python") if parts[2].startswith("fastprompt.demo")
+        [shlex.join(words)] for words in shell_lines(ROOT / "docs" / "demo.md") if words[0] == "python"
     ]
 
 
@@ -188,16 +149,3 @@ def test_scores_of_the_training_record(record):
     skills = record["skills"].values()
     text = (ROOT / "docs" / "demo.md").read_text()
     assert f"{min(skills):.0%} to {max(skills):.0%}" in text and f"({sum(skills) / len(skills):.0%} on average" in text
-
-
-def test_speed_table_is_the_committed_run():
-    """Every ratio of README's table stands in the results, which were green and quiet."""
-    lines = (ROOT / "bench" / "results" / "main-job-cpu.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert all(r["green"] for r in records if r["kind"] == "check")
-    ratios = [r for r in records if r["kind"] == "ratio"]
-    assert all(r["quiet"] for r in ratios)
-    measured = {"{median:.3f} [{p20:.3f}, {p80:.3f}]".format(**r["wall"]) for r in ratios}
-    shown = [row[2] for row in table(ROOT / "README.md", "time of")]
-    assert len(shown) == 7
-    assert set(shown) <= measured

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 import fastprompt
+from fastprompt.cli.bench import PASSED_ON, bench
 from fastprompt.cli.convert import export, import_
 from fastprompt.cli.demo import demo
 from fastprompt.cli.generate import generate
 from fastprompt.cli.info import info
 from fastprompt.cli.inspect import inspect
 from fastprompt.cli.output import Commands
+from fastprompt.cli.plan_capacity import plan_capacity
 from fastprompt.cli.serve import serve
 from fastprompt.cli.sweep import sweep
 from fastprompt.cli.train import train
@@ -53,3 +55,5 @@ app.command("generate")(generate)
 app.command("train")(train)
 app.command("sweep")(sweep)
 app.command("serve")(serve)
+app.command("plan-capacity")(plan_capacity)
+app.command("bench", context_settings=PASSED_ON)(bench)

@@ -43,16 +43,27 @@ def export(
     source: Source,
     target: Target,
     backbone: OptionalBackbone = None,
-    format: Annotated[str, typer.Option(help="The format to write: peft.")] = "peft",
+    format: Annotated[str, typer.Option(help="What to write: peft, or vllm for a store that vLLM reads.")] = "peft",
     task_type: Annotated[str | None, typer.Option(help="PEFT's task type, where the prompt names none.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="For vllm: float32, bfloat16 or float16; the backbone's.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a prompt folder as a PEFT adapter; with --backbone it is checked against that and names it."""
+    """Write a prompt folder as a PEFT adapter, or a folder of prompts as a store for vLLM, compiled by --backbone.
+
+    A PEFT adapter is checked against --backbone, where it is given, and names it.
+    """
     from fastprompt import peft_format, store
 
+    if format == "vllm":
+        from fastprompt.cli.export_vllm import export_to_vllm, raise_refused, show
+
+        done = export_to_vllm(source, target, backbone, dtype)
+        emit(done, as_json, show)
+        raise_refused(done["refused"])
+        return
     if format != "peft":
-        raise ArgumentError(f"--format is {format!r}, expected 'peft'")
+        raise ArgumentError(f"--format is {format!r}, expected 'peft' or 'vllm'")
     prompt = store.load_prompt(source, backbone_spec(backbone) if backbone else None)
     peft_format.write_peft(target, prompt, task_type=task_type, base_model_name_or_path=backbone, overwrite=overwrite)
     emit(description(target), as_json, render)

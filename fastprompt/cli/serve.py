@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fastprompt import env
-from fastprompt.cli.backbones import EMBEDDED, Backbone, load_backbone, load_tokenizer
+from fastprompt.cli.backbones import Backbone
 from fastprompt.cli.sizes import parse_bytes
 from fastprompt.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from fastprompt.serving.http.face import Engine
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class _Model:
-    """The backbone as it is to be loaded, and what it may take; None leaves the engine's own defaults."""
-
-    path: str
-    name: str
-    prompts: Path
-    device: str
-    dtype: str | None
-    rules: dict[str, int | None]
-    sizes: dict[str, Any]
-    max_queued: int | None
 
 
 def serve(
@@ -54,39 +33,73 @@ def serve(
     kv_bytes: Annotated[str | None, typer.Option(metavar="BYTES", help="For rows' own keys and values.")] = None,
     bank_bytes: Annotated[str | None, typer.Option(metavar="BYTES", help="For prompts on the device.")] = None,
     host_bytes: Annotated[str | None, typer.Option(metavar="BYTES", help="For prompts in host memory.")] = None,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="How long requests may end after SIGTERM.")] = 30.0,
+    drain_seconds: Annotated[
+        float | None, typer.Option(min=0, show_default="30", help="How long requests may end after SIGTERM.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="embedded, or vllm to run vLLM's server; see docs/vllm.md.")] = "embedded",
+    store: Annotated[Path | None, typer.Option(help="vLLM's store of prompts; .vllm in PROMPTS.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="For vLLM's server.")] = None,
 ) -> None:
     """Serve the prompts of a folder over one backbone: OpenAI's endpoints, administration and metrics."""
     _need_packages()
+    if engine == "vllm":
+        apart = {"device": device, "max-queued": max_queued, "bank-bytes": bank_bytes, "host-bytes": host_bytes}
+        _refuse(engine, **apart, **{"drain-seconds": drain_seconds})
+        common = {"host": host, "port": port, "keys": keys, "insecure": insecure, "open_metrics": open_metrics}
+        sizes = {"max_rows": max_rows, "max_batch_tokens": max_batch_tokens, "max_model_len": max_model_len}
+        kv = parse_bytes("--kv-bytes", kv_bytes)
+        _run_vllm(backbone, prompts, store, dtype, name=name, kv_bytes=kv, more=more or [], **common, **sizes)
+        return
+    if engine != "embedded":
+        raise ArgumentError(f"--engine is {engine!r}, expected 'embedded' or 'vllm'")
+    _refuse(engine, store=store, **{"-": more})
     from fastprompt.serving.http import Access, Options, create_app
     from fastprompt.serving.http.server import binding, run
+    from fastprompt.serving.launch import EngineConfig, make_engine
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     access = Access(keys, env.api_keys(), env.admin_keys())
     place = binding(host, port, access, insecure)
-    model = _Model(
+    config = EngineConfig(
         backbone,
-        name or (EMBEDDED if backbone == EMBEDDED else Path(backbone).resolve().name),
-        prompts,
-        _device(device),
-        _check_dtype(dtype),
-        {"max_rows": max_rows, "max_batch_tokens": max_batch_tokens},
-        {
-            "max_model_len": max_model_len,
-            "kv_bytes": parse_bytes("--kv-bytes", kv_bytes),
-            "device_bytes": parse_bytes("--bank-bytes", bank_bytes),
-            "host_bytes": parse_bytes("--host-bytes", host_bytes),
-        },
-        max_queued,
+        str(prompts),
+        name=name,
+        device=device,
+        dtype=dtype,
+        max_rows=max_rows,
+        max_batch_tokens=max_batch_tokens,
+        max_model_len=max_model_len,
+        max_queued=max_queued,
+        kv_bytes=parse_bytes("--kv-bytes", kv_bytes),
+        device_bytes=parse_bytes("--bank-bytes", bank_bytes),
+        host_bytes=parse_bytes("--host-bytes", host_bytes),
     )
-    app = create_app(_engine(model), access, Options(hosts=place.hosts, open_metrics=open_metrics))
-    run(app, place, drain_seconds)
+    app = create_app(make_engine(config), access, Options(hosts=place.hosts, open_metrics=open_metrics))
+    run(app, place, 30.0 if drain_seconds is None else drain_seconds)
 
 
-def _check_dtype(dtype: str | None) -> str | None:
-    if dtype not in (None, *DTYPES):
-        raise ArgumentError(f"--dtype is {dtype!r}, expected {', '.join(DTYPES)}")
-    return dtype
+def _run_vllm(backbone: str, prompts: Path, folder: Path | None, dtype: str | None, name: Any, **options: Any) -> None:
+    """Bring the store up to date with the prompts, and become vLLM's server."""
+    from fastprompt.cli.export_vllm import export_to_vllm
+    from fastprompt.integrations.vllm import PrefixStore
+    from fastprompt.integrations.vllm.launch import VllmServer
+    from fastprompt.integrations.vllm.versions import check_installed
+
+    check_installed()
+    folder = folder or prompts / ".vllm"
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    for problem in export_to_vllm(prompts, folder, backbone, dtype)["refused"].values():
+        logging.getLogger("fastprompt.vllm").warning("not served: %s", problem)
+    held = PrefixStore(folder).backbone()
+    served = name or Path(backbone).resolve().name
+    VllmServer(held.model, served, folder, prompts, dtype=held.dtype, **options).run()
+
+
+def _refuse(engine: str, **options: object) -> None:
+    """Raise ArgumentError for options that are given and mean nothing to an engine."""
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise ArgumentError(f"{', '.join(given)}: no option of --engine {engine}; see fastprompt serve --help")
 
 
 def _need_packages() -> None:
@@ -96,84 +109,3 @@ def _need_packages() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ArgumentError(f"the server needs {error.name}: pip install 'fastprompt[serve]'") from None
-
-
-def _engine(model: _Model) -> Engine:
-    """An engine for what the backbone does: one that continues texts, or one that labels and embeds them."""
-    tokenizer = load_tokenizer(model.path)
-    if not _generates(model.path):
-        return _encoder(model, tokenizer)
-    from fastprompt.serving.async_engine import AsyncEngine
-    from fastprompt.serving.build import EngineOptions, build_engine
-    from fastprompt.serving.scheduler import Rules
-
-    options = EngineOptions(rules=Rules(**_given(model.rules)), **_given(model.sizes))
-    load = _loader(model)
-    return AsyncEngine(
-        lambda: build_engine(load(), model.prompts, options),
-        tokenizer,
-        model.name,
-        **_given({"max_queued": model.max_queued}),
-    )
-
-
-def _encoder(model: _Model, tokenizer: Any) -> Any:
-    from fastprompt import PromptedModel
-    from fastprompt.serving.batcher import BatchLimits
-    from fastprompt.serving.encoder_options import EncoderOptions
-    from fastprompt.serving.encoders import EncoderEngine
-    from fastprompt.serving.registry import PromptRegistry
-
-    prompted = PromptedModel(_loader(model)(), tokenizer)
-    limits = _given({"max_tokens": model.rules["max_batch_tokens"], "max_rows": model.rules["max_rows"]})
-    options = {
-        "max_length": model.sizes["max_model_len"],
-        "max_prompt_bytes": model.sizes["device_bytes"],
-        "max_queued": model.max_queued,
-    }
-    return EncoderEngine(
-        prompted,
-        tokenizer,
-        PromptRegistry(model.prompts, prompted._info.spec),
-        name=model.name,
-        options=EncoderOptions(batch=BatchLimits(**limits), **_given(options)),
-    )
-
-
-def _loader(model: _Model) -> Callable[[], Any]:
-    """What loads the backbone, called in the thread that will run it."""
-
-    def load() -> Any:
-        import torch
-
-        dtype = None if model.dtype is None else getattr(torch, model.dtype)
-        loaded = load_backbone(model.path, **_given({"dtype": dtype}))
-        return loaded.to(device=model.device, dtype=dtype or loaded.dtype)
-
-    return load
-
-
-def _generates(path: str) -> bool:
-    """Whether the backbone's class continues texts, from its config alone."""
-    import transformers
-
-    if path == EMBEDDED:
-        return True
-    named = (transformers.AutoConfig.from_pretrained(path).architectures or ["AutoModel"])[0]
-    found = getattr(transformers, named, None)
-    return bool(found is not None and hasattr(found, "can_generate") and found.can_generate())
-
-
-def _device(device: str | None) -> str:
-    import torch
-
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"--device is {wanted!r}, which torch cannot use here: {error}") from None
-    return wanted
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}

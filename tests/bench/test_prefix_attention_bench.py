@@ -13,7 +13,7 @@ import torch
 
 from bench import __main__ as command
 from bench import attention_baselines as baselines
-from bench import attention_run, ceilings, measure, prefix_attention_memory
+from bench import attention_run, ceilings, measure, op_run, prefix_attention_memory
 from bench.attention_cases import GRID, SETS, TABLE, Case
 from bench.attention_check import truth
 from bench.attention_inputs import build
@@ -21,7 +21,7 @@ from bench.ceilings import Ceiling, Ceilings, Share, Work
 from bench.measure import CheckFailed, Contestant, Ratio, Sample, Spread
 
 LIMITS = Ceilings(Ceiling(1e10, "reads", True), {"fp32": Ceiling(1e11, "products", True)})
-SETTINGS = attention_run.Settings("reference", "wall", LIMITS, 2, None, quick=False)
+SETTINGS = op_run.Settings("reference", "wall", LIMITS, 2, None, quick=False)
 SHRUNK = {case.shrunk().name: case.shrunk() for case in TABLE + GRID}
 
 
@@ -157,7 +157,8 @@ def test_ceilings_are_of_this_machine() -> None:
 )
 def test_ratios_are_judged_where_they_prove_something(median, quiet, clock, quick, met) -> None:
     settings = replace(SETTINGS, clock=clock, quick=quick)
-    assert attention_run._judge(TABLE[0], "fp32", ratio(median, quiet), settings).met is met
+    least = TABLE[0].least("concatenated", "fp32")
+    assert op_run.judge(ratio(median, quiet), least, settings).met is met
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_rotation_goes_through_sets_beyond_the_caches(monkeypatch: pytest.Monkey
     assert attention_run._set_count(case, 1 << 18, replace(SETTINGS, rotate=False)) == 1
     assert attention_run._set_count(TABLE[0], 1 << 18, SETTINGS) == 1
     seen: list[int] = []
-    turn = attention_run._in_turn([lambda i=i: seen.append(i) for i in range(3)])
+    turn = op_run.in_turn([lambda i=i: seen.append(i) for i in range(3)])
     for _ in range(5):
         turn()
     assert seen == [0, 1, 2, 0, 1]

@@ -59,7 +59,7 @@ def attention_forward(
             return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     if dropout:
         _warn_dropout()
-    if torch.is_autocast_enabled(query.device.type):  # rotary leaves queries and keys in float32 there
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):  # rotary leaves queries and keys in float32
         query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
     return _prefix_attention(module, layer, query, key, value, attention_mask, scaling, kwargs), None
 

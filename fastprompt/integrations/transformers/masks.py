@@ -169,7 +169,7 @@ def _ranges(
     end = torch.where(count == 0, start, end)
     mask.kv_start = (start - kv_offset).to(torch.int32)
     mask.kv_len = (end - kv_offset).clamp(0, kv_length).to(torch.int32)
-    if bool((end - start != count).any()):
+    if not real.is_meta and bool((end - start != count).any()):
         if batch is not None and (known.window or known.chunk):
             raise UnsupportedError(
                 "attention_mask has holes between real tokens, and the backbone has a local window, which would count "

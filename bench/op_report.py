@@ -1,4 +1,4 @@
-"""Outcomes of prefix attention for people (lines while it runs, one table at the end) and for the journal."""
+"""Outcomes of ops for people (lines while it runs, one table an op at the end) and for the journal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.attention_cases import BASELINES
-from bench.attention_run import OURS, Outcome, Settings, Verdict
 from bench.ceilings import Ceilings
 from bench.measure import Spread
+from bench.op_run import OURS, Outcome, Settings, Verdict
 
 _WIDE = 180  # columns where the output is not a terminal
 _STYLES = {True: "green", False: "bold red", None: "dim"}
@@ -61,6 +61,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
         for name, runs in outcome.samples.items()
     }
     return {
+        "op": outcome.case.op,
         "case": outcome.case.name,
         "dtype": outcome.dtype,
         "buffers": buffers(outcome),
@@ -74,16 +75,26 @@ def record(outcome: Outcome) -> dict[str, Any]:
 
 
 def show(outcomes: Sequence[Outcome], settings: Settings) -> None:
-    """One row an outcome; ratios are baseline / ours, so more is better."""
+    """A table an op, one row an outcome; ratios are baseline / ours, so more is better."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDE)
-    title = f"prefix_attention, impl {settings.impl}: baseline / ours, {settings.clock} time"
+    print(ceilings(settings.ceilings))
+    for op in dict.fromkeys(outcome.case.op for outcome in outcomes):
+        of_op = [outcome for outcome in outcomes if outcome.case.op == op]
+        console.print(_table(op, of_op, settings))
+        for name, about in _about(of_op).items():
+            print(f"{name}: {about}")
+
+
+def _table(op: str, outcomes: Sequence[Outcome], settings: Settings) -> Table:
+    names = list(_about(outcomes))
+    title = f"{op}, impl {settings.impl}: baseline / ours, {settings.clock} time"
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("case", overflow="fold", min_width=30)
     for name in ("", "buffers", "us", "GFLOP/s", "GB/s"):
         table.add_column(name, justify="right")
-    for name in ("ceiling", *BASELINES):
+    for name in ("ceiling", *names):
         table.add_column(name)
     for outcome in outcomes:
         verdicts = {v.over: v for v in outcome.verdicts}
@@ -92,12 +103,20 @@ def show(outcomes: Sequence[Outcome], settings: Settings) -> None:
             outcome.case.name, outcome.dtype, "hot" if outcome.sets == 1 else "rotating",
             f"{1e6 * outcome.time.median:.1f}", f"{share.gflops:.3g}", f"{share.gbs:.1f}",
             _cell(verdicts["ceiling"], f"{share.share:.0%} {share.bound}", ".0%"),
-            *(_cell(verdicts[n], f"{verdicts[n].value:.2f}", "g") if n in verdicts else Text("") for n in BASELINES),
+            *(_cell(verdicts[n], f"{verdicts[n].value:.2f}", "g") if n in verdicts else Text("") for n in names),
         )  # fmt: skip
-    console.print(table)
-    print(ceilings(settings.ceilings))
-    for name, about in BASELINES.items():
-        print(f"{name}: {about}")
+    return table
+
+
+def _about(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """What ours is compared to, the reference last, each with what it is."""
+    found: dict[str, str] = {}
+    for outcome in outcomes:
+        kinds = BASELINES if outcome.case.op == "prefix_attention" else {}
+        for name in outcome.about:
+            if name != OURS:
+                found.setdefault(name, kinds.get(name, outcome.about[name]))
+    return {name: found[name] for name in sorted(found, key="reference".__eq__)}
 
 
 def _cell(verdict: Verdict, value: str, form: str) -> Text:

@@ -1,0 +1,48 @@
+"""Lines of bench/results, and numbers as the pages write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+Table = Sequence[Sequence[str]]  # the header, then rows
+Tables = Mapping[str, Callable[[], Table]]
+Values = Mapping[str, Callable[[], str]]
+
+
+@cache
+def lines(file: str) -> list[dict[str, Any]]:
+    """Every line of a results file."""
+    return [json.loads(line) for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()]
+
+
+def records(file: str, **want: Any) -> list[dict[str, Any]]:
+    """The lines of a file that hold these values."""
+    return [line for line in lines(file) if all(line.get(key) == value for key, value in want.items())]
+
+
+def record(file: str, **want: Any) -> dict[str, Any]:
+    """The one line of a file that holds these values.
+
+    Raises LookupError where there is none, or more than one: the page's number would say nothing about which.
+    """
+    found = records(file, **want)
+    if len(found) != 1:
+        raise LookupError(f"{file} has {len(found)} lines with {want}, expected one")
+    return found[0]
+
+
+def ratio(file: str, case: str, over: str, under: str, clock: str = "wall") -> dict[str, float]:
+    """The spread of a ratio of times: median, p20, p80."""
+    spread: dict[str, float] = record(file, kind="ratio", case=case, over=over, under=under)[clock]
+    return spread
+
+
+def bracketed(spread: Mapping[str, float], form: str = ".3f") -> str:
+    """A median with its 20th and 80th percentile."""
+    return f"{spread['median']:{form}} [{spread['p20']:{form}}, {spread['p80']:{form}}]"
