@@ -117,10 +117,22 @@ def above(part: str, other: str) -> Callable[[], str]:
     return lambda: f"{_verdict(part, other).difference:+.1f}"
 
 
-def searched(group: str, **settings: float) -> Callable[[], str]:
+def searched(group: str, **settings: float | str | None) -> Callable[[], str]:
     """Validation F1 after one epoch of a candidate for SNIPS."""
     wanted = {"virtual_tokens": 32, **settings}
     return lambda: f"{100 * record(SEARCH, kind='candidate', group=group, step=350, **wanted)['validation']:.1f}"
+
+
+def before(std: float) -> Callable[[], str]:
+    """Test F1 of SNIPS' prompts by the recipe before this one, whose first numbers had this spread."""
+
+    def found() -> str:
+        every = Ledger(RESULTS / "quality-cpu.jsonl").results
+        own = [r for r in every if (r.part, r.way) == ("snips", "p_tuning_v2")]
+        scores = [100 * r.score.test for r in own if r.settings["config"]["init_std"] == std]
+        return f"{statistics.fmean(scores):.1f} +- {statistics.stdev(scores):.1f} over {len(scores)} seeds"
+
+    return found
 
 
 def _verdict(part: str, other: str) -> report.Verdict:
@@ -153,6 +165,7 @@ def _goal(verdict: report.Verdict) -> str:
 
 _RATES = {"head_learning_rate": 0.01, "init_std": 0.02}
 _SPREAD = {"learning_rate": 0.03, "head_learning_rate": 0.003}
+_WORDS = {"init": "activations", "dropout": None, "reparameterization": None}
 TABLES: Tables = {
     "quality.clinc150": part_table("clinc150", "accuracy", " a domain"),
     "quality.clinc150.domains": domains,
@@ -175,6 +188,12 @@ VALUES: Values = {
     "snips.search.rate-0.01": searched("rates", learning_rate=0.01, **_RATES),
     "snips.search.rate-0.03": searched("rates", learning_rate=0.03, **_RATES),
     "snips.search.rate-0.1": searched("init", learning_rate=0.1, head_learning_rate=0.003, init_std=0.02),
+    "snips.before": before(0.3),
+    "snips.search.words": searched("words", **_SPREAD, **_WORDS),
+    "snips.search.words-dropped": searched("words", **_SPREAD, **_WORDS | {"dropout": 0.1}),
+    "snips.search.words-0.05": searched("around words", **_WORDS, learning_rate=0.05, head_learning_rate=0.003),
+    "snips.search.words-64": searched("around words", virtual_tokens=64, **_SPREAD, **_WORDS),
+    "snips.search.words-mlp": searched("around words", **_WORDS | {"reparameterization": "mlp"}, learning_rate=0.0003),
     "facts.country.end": at_the_end("country"),
     "facts.above-hand-written": above("facts", "hand_written"),
 }

@@ -42,11 +42,12 @@ class Candidate:
         return "-".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
 
     def varied(self) -> dict[str, Any]:
-        """What the config says other than by default, an init's text left out."""
-        plain = fp.PTuningV2(num_virtual_tokens=self.config.num_virtual_tokens).to_dict()
-        mine = self.config.to_dict()
-        length = {"num_virtual_tokens": self.config.num_virtual_tokens}
-        return length | {k: v for k, v in mine.items() if v != plain[k] and k != "init_text"}
+        """Length, init, and what else the config says other than by default; an init's text is left out."""
+        config = self.config
+        plain = fp.PTuningV2(num_virtual_tokens=config.num_virtual_tokens).to_dict()
+        init = {"init_std": config.init_std} if config.init == "random" else {"init": config.init}
+        others = {k: v for k, v in config.to_dict().items() if v != plain[k] and not k.startswith("init")}
+        return {"virtual_tokens": config.num_virtual_tokens, **init, **others}
 
     def job(self, subject: encoder_part.Subject, held: int, steps: int, evaluations: int) -> Job:
         return Job(
