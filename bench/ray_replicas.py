@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             journal.write("check", case="replicas", green=False, error=str(error))
             print(f"CHECK FAILED: {error}", file=sys.stderr)
             return 1
-    return int(_report(phases, journal, judge=not args.quick))
+        return int(_report(phases, journal, judge=not args.quick))
 
 
 def measure(plan: Plan, folder: Path) -> dict[str, Phase]:

@@ -1,5 +1,6 @@
 """How the CUDA extension is built: for which GPUs, and what is said where it cannot be. No nvcc is needed."""
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -7,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import setuptools
+import torch
 
-from fastprompt import costs
+from fastprompt import costs, native
 from fastprompt._cuda import limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,3 +70,17 @@ def test_the_build_has_one_extension_more(setup, monkeypatch):
     assert text.count("build ") == len(cuda.sources) + 1
     monkeypatch.setenv("LDFLAGS", "-Wl,-rpath,/x")
     assert r"-Xcompiler=-Wl\,-rpath\,/x" in setup.cuda_build_file([Path(s) for s in cuda.sources], "x.so")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fastprompt._native_cuda") is None, reason="it is not built")
+def test_what_was_built_loads_without_a_gpu():
+    """`make test-cuda` builds it before."""
+    built = native.load_cuda()
+    assert "90a" in built.archs().split(";") and "+PTX" in built.archs()
+    x, index = torch.zeros(1, 4, 64).half(), torch.zeros(2).int()
+    cache = x.view(1, 1, 4, 64)
+    given = (x, None, x, cache, cache, index[None], index, index[:1], x, x, index[:1], index[:1], None, None, None)
+    with pytest.raises(RuntimeError, match="a tensor is not in the memory of a GPU"):
+        built.Decode(*given, 1.0, 0, 0.0, 0)
+    if not torch.cuda.is_available():
+        assert "a GPU and its driver are not installed" in native.cuda_obstacle()

@@ -15,6 +15,7 @@ MEMORY = "prefix-attention-memory-cpu.jsonl"
 CHOSEN = "chosen-layers-cpu.jsonl"
 ENGINE = "serving-engine-cpu.jsonl"
 LOAD = "serving-load-cpu.jsonl"
+RAY = "ray-cpu.jsonl"
 REGISTRY = "registered-prompts-cpu.jsonl"
 STORAGE = "bank-storage-cpu.jsonl"
 _MIB = 2**20
@@ -142,6 +143,22 @@ def load_ratios() -> Table:
     return [["ratio, by slices", "", "target"], *rows]
 
 
+def replicas() -> Table:
+    """Requests through two fronts while a replica is killed."""
+    phases = {
+        "before": "before",
+        "kill": "the busier replica gets kill -9 in the midst",
+        "after": "after, two replicas again",
+    }
+    rows = []
+    for phase, name in phases.items():
+        r = record(RAY, kind="replicas", phase=phase)
+        counts = [str(r[key]) for key in ("failed", "wrong", "resumed")]
+        rows.append([name, f"{r['requests']} of {r['tenants']} tenants", *counts, f"{100 * r['affinity']:g}%"])
+    head = ["phase", "requests", "failed", "wrong", "streams that another replica went on with"]
+    return [[*head, "at their tenant's replica"], *rows]
+
+
 def registry() -> Table:
     """What a registry's calls cost with 10 and with 100,000 names."""
     calls = {
@@ -238,6 +255,7 @@ TABLES: Tables = {
     "serving-engine": engine,
     "serving-load": load,
     "serving-load.ratios": load_ratios,
+    "ray-replicas": replicas,
     "registered-prompts": registry,
     "bank-storage": storage,
 }

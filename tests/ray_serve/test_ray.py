@@ -108,7 +108,8 @@ def test_encoders_below_a_path(url, tmp_path):
     from fastprompt.integrations.ray import app
 
     tokenizer = demo.tokenizer()
-    config = BertConfig(len(tokenizer), 32, 2, 4, 48, max_position_embeddings=64)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
     model = fp.PromptedModel(BertForSequenceClassification(config), tokenizer)
     model.add_prompt("tone", fp.PTuningV2(num_virtual_tokens=4), labels=["bad", "good"])
     model.save_prompt("tone", tmp_path / "prompts" / "tone")

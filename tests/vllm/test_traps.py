@@ -46,12 +46,16 @@ def ask(llm, twins, name, salt=None, params=True, **more):
 def test_without_hardening_each_trap_is_one(twins):
     a, b = twins.expected([("a", TEXT), ("b", TEXT)], NEW)
     assert a != b
+    import vllm
+
+    skips = tuple(map(int, vllm.__version__.split(".")[:2])) >= (0, 31)  # before, it asked connectors all the same
     with unhardened(twins) as llm:
         assert ask(llm, twins, "a") == a
         assert ask(llm, twins, "b") == a  # 1: no salt, equal placeholders: a's pages answer for b
         llm.reset_prefix_cache()
-        assert ask(llm, twins, "a", "salt of a", prompt_logprobs=1) != a  # 2: no caches are read, nor the prefix,
-        assert ask(llm, twins, "a", "salt of a") != a  # and what was computed instead stays
+        if skips:
+            assert ask(llm, twins, "a", "salt of a", prompt_logprobs=1) != a  # 2: no caches are read, nor the prefix,
+            assert ask(llm, twins, "a", "salt of a") != a  # and what was computed instead stays
         llm.reset_prefix_cache()
         assert ask(llm, twins, "a", "salt of a", params=False) != a  # 2: so does what came without parameters
         assert ask(llm, twins, "a", "salt of a") != a
@@ -86,9 +90,9 @@ def test_hardened_no_request_gets_pages_of_another(twins):
         naked = {"prompt_token_ids": good["a"]["prompt_token_ids"]}
         assert tokens(generate(llm, [naked], NEW))[0] != a
         assert answers() == [a, b, bare]
-        # 2: a request for the prompt's log-probabilities reads its prefix all the same, and leaves right pages
+        # 2: a request for the prompt's log-probabilities fails, and leaves no pages
         llm.reset_prefix_cache()
-        assert tokens(generate(llm, [good["a"]], NEW, prompt_logprobs=1))[0] == a
+        assert failed(generate(llm, [good["a"], good["b"]], NEW, prompt_logprobs=1)) == ["error", "error"]
         assert answers() == [a, b, bare]
         llm.reset_prefix_cache()
         assert tokens(generate(llm, [good["a"]], NEW, skip_reading_prefix_cache=True))[0] == a

@@ -25,6 +25,8 @@ from fastprompt.integrations.vllm.versions import check_installed
 
 log = logging.getLogger("fastprompt.vllm")
 
+PROMPT_LOGPROBS = ("prompt_logprobs", "prompt_logprob_token_ids")
+
 
 @dataclass
 class Loads(KVConnectorMetadata):
@@ -74,13 +76,13 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """How many tokens of a request behind `num_computed_tokens` its prefix covers; they are there at once."""
         ticket, problem = self._ticket(request)
-        if ticket is None:
-            # one token at least "from here", whose page is then reported as failed
-            return (max(0, request.num_tokens - 1 - num_computed_tokens) if problem else 0), False
-        # vLLM skips caches for a request that asks for its prompt's log-probabilities: it would compute placeholders
-        # as if they were text, and keep that under this prompt's salt
+        if ticket is None and not problem:
+            return 0, False
+        # of a request that skips caches vLLM would compute the placeholders as text, and keep that under its salt
         request.skip_reading_prefix_cache = False
-        return max(0, ticket.length - num_computed_tokens), False
+        # one that must fail has tokens "from here" too, whose pages are then reported as failed
+        last = request.num_tokens - 1 if ticket is None else ticket.length
+        return max(0, last - num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note what to write, now that the request has its pages."""
@@ -111,6 +113,8 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
             return None, f"the request has {len(tokens)} tokens, expected more than its {ticket.length} virtual ones"
         if tokens[: ticket.length] != placeholders(ticket, self._ids):
             return None, "the request does not begin with its prompt's placeholders"
+        if any(getattr(request.sampling_params, name, None) is not None for name in PROMPT_LOGPROBS):
+            return None, "the request asks for its prompt's log-probabilities, which virtual tokens do not have"
         return ticket, ""
 
     # the workers' half -----------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class PromptedInputs:
         inputs = PromptedInputs.of(llm)
         llm.generate([inputs("a", ids), inputs(None, ids)], SamplingParams(...))
     The virtual tokens come first in `prompt_token_ids` of what vLLM answers. `secret` is FASTPROMPT_VLLM_SECRET's,
-    which the engine reads. Sampling parameters must not ask for `prompt_logprobs` under a prompt.
+    which the engine reads. A request for `prompt_logprobs` under a prompt fails.
     """
 
     def __init__(self, store: PrefixStore, vocab_size: int, special: set[int], secret: str | None = None) -> None:
