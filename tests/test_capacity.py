@@ -93,9 +93,9 @@ def test_hit_rates_are_those_of_a_simulated_cache(exponent, device, host):
     share = hits(traffic, device, host)
     found = simulate(traffic, device, host)
     # a share of 90,000 draws has a standard deviation below 0.0017; the rest is the approximations': Che's, and that
-    # host memory, which sees misses only, holds a little more of use than is said
+    # host memory sees misses only, which keeps some prompts longer there and others shorter
     assert abs(share.device - found[0]) < 0.01
-    assert -0.005 < share.disk - found[2] < 0.02
+    assert abs(share.disk - found[2]) < 0.02
 
 
 def test_hit_rates_at_the_ends():

@@ -205,5 +205,5 @@ def scheduler(llm: Any) -> Any:
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a process that runs vLLM."""
-    source = str(Path(fastprompt.__file__).parents[1])
-    return os.environ | {"PYTHONPATH": source, "FASTPROMPT_VLLM_SECRET": SECRET} | more
+    paths = [str(Path(fastprompt.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "FASTPROMPT_VLLM_SECRET": SECRET} | more

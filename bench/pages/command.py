@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.checkout import ROOT
-from bench.pages import costs, quality, speed
+from bench.pages import costs, quality, speed, training
 from bench.pages.results import Table
 
-TABLES = {**speed.TABLES, **costs.TABLES, **quality.TABLES}
+TABLES = {**speed.TABLES, **costs.TABLES, **quality.TABLES, **training.TABLES}
 VALUES = {**speed.VALUES, **costs.VALUES, **quality.VALUES}
 
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)  # what stands there shows a mark and is none

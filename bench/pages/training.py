@@ -1,0 +1,45 @@
+"""What the pages say about the cost of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bench.pages.results import Table, Tables, bracketed, records
+
+COST = "train-cost-cpu.jsonl"
+_MIB = 2**20
+
+
+def times() -> Table:
+    """Steps of one prompt and of many, by the latest run of each case."""
+    return [["case", "ratio of times", "", "pairs", "target"], *_times()]
+
+
+def memory() -> Table:
+    """The peak of a step above rest: the median of the processes, and what it is of the bare backbone's."""
+    ratios = {r["over"]: r for r in records(COST, kind="memory ratio")}
+    rows = []
+    for r in records(COST, kind="memory"):
+        peak, ratio = sorted(r["bytes"])[len(r["bytes"]) // 2] / _MIB, ratios.get(r["name"])
+        beside = ["", ""] if ratio is None else [f"{ratio['ratio']:.3f}", _goal(ratio)]
+        rows.append([r["name"], f"{peak:,.0f} MiB", *beside])
+    return [["", "peak above rest", "of the bare backbone's", "target"], *rows]
+
+
+def _times() -> Iterator[list[str]]:
+    latest = {(r["case"], r["over"], r["under"]): r for r in records(COST, kind="ratio")}
+    for (case, over, under), r in latest.items():
+        busy = "" if r["quiet"] else " (busy)"
+        yield [case, f"{over} / {under}", bracketed(r["wall"]), f"{r['wall']['count']}{busy}", _goal(r)]
+
+
+def _goal(r: dict[str, Any]) -> str:
+    if r["target"] is None:
+        return ""
+    sign, number = r["target"].split()
+    words = "at least" if sign == ">=" else "at most"
+    return f"{words} {float(number.removesuffix('x')):g}: {'met' if r['met'] else 'MISSED'}"
+
+
+TABLES: Tables = {"train-cost.times": times, "train-cost.memory": memory}
