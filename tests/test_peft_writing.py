@@ -24,9 +24,7 @@ from peft_cases import (
 )
 from transformers import DynamicCache
 
-from fastprompt.errors import (
-    DuplicatePromptError,
-)
+from fastprompt.errors import DuplicatePromptError, UnsupportedError
 from fastprompt.peft_format import read_peft, write_peft
 from fastprompt.prompts import Cartridge, PrefixTuning, PromptHead, PromptTuning, PTuning, PTuningV2, SoftPrompt
 from fastprompt.spec import Prefix
@@ -117,6 +115,16 @@ def test_an_adapter_folder_is_replaced_only_when_asked(tmp_path):
     assert torch.equal(read_peft(folder, spec("llama", 3))(), one())
     write_peft(folder, two, overwrite=True)
     assert torch.equal(read_peft(folder, spec("llama", 3))(), two())
+
+
+def test_a_method_that_peft_has_not_is_refused_by_name(tmp_path):
+    class Additive(PromptTuning):
+        method = "additive"
+
+    prompt = Additive(num_virtual_tokens=2).build(spec("llama", 3))
+    with pytest.raises(UnsupportedError, match="no method for 'additive', expected one of prompt_tuning"):
+        write_peft(tmp_path / "a", prompt)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_head_is_written_with_its_module(tmp_path):

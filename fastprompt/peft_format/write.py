@@ -42,11 +42,16 @@ def write_peft(
     Args:
         task_type: PEFT's name ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", ...); None takes the prompt's own, and failing
             that the language model's.
-    Errors: UnsupportedError for a prompt PEFT cannot hold (chosen layers, layers of different shape, virtual tokens in
-    place); as `save_prompt` for the folder. Nothing is written then.
+    Errors: UnsupportedError for a prompt PEFT cannot hold (a method it has not, chosen layers, layers that differ,
+    virtual tokens in place); as `save_prompt` for the folder. Nothing is written then.
     """
     task = task_type or prompt.task_type or (SEQ2SEQ if prompt.spec.encoder_decoder else "CAUSAL_LM")
     _check_task(task, prompt)
+    if prompt.config.method not in _EXPORTED:
+        raise UnsupportedError(
+            f"PEFT has no method for {prompt.config.method!r}, expected one of {', '.join(_EXPORTED)}: save the prompt "
+            "in fastprompt's format"
+        )
     if prompt.in_place:
         raise UnsupportedError(
             "the prompt's virtual tokens stand in place, PEFT's in front of the text: save it in fastprompt's format"

@@ -19,10 +19,14 @@ if INSTALLED:
     }
 
 
-@pytest.fixture(autouse=True)
-def _with_vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not INSTALLED and request.path.name not in ALONE:
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture is made."""
+    if not INSTALLED and item.path.name not in ALONE:
         pytest.skip("vllm is not installed: make test-vllm")
+
+
+@pytest.fixture(autouse=True)
+def _with_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTPROMPT_VLLM_SECRET", SECRET)
 
 
