@@ -170,6 +170,7 @@ def against_plain(name: str, size: Size, rounds: int, target: float | None) -> O
             "vLLM with prompts": Contestant(run_ours, _ignore),
         }
         samples = measure.interleave(contestants, rounds)
+        state._KV_CONNECTOR_AGENT = None  # the next case makes its own
     base, mine = contestants
     goal = None if target is None else Target(at_least=target)
     return Outcome(name, samples, (check,), [(measure.ratio(samples, base, mine), goal)])
