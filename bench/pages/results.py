@@ -46,3 +46,11 @@ def ratio(file: str, case: str, over: str, under: str, clock: str = "wall") -> d
 def bracketed(spread: Mapping[str, float], form: str = ".3f") -> str:
     """A median with its 20th and 80th percentile."""
     return f"{spread['median']:{form}} [{spread['p20']:{form}}, {spread['p80']:{form}}]"
+
+
+def goal(target: str | None) -> str:
+    """`>= 0.95x` as `at least 0.95`."""
+    if target is None:
+        return ""
+    sign, number = target.split()
+    return f"{'at least' if sign == '>=' else 'at most'} {float(number.removesuffix('x')):g}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.attention_cases import BASELINES
-from bench.pages.results import Table, Tables, Values, bracketed, ratio, record, records
+from bench.pages.results import Table, Tables, Values, bracketed, goal, ratio, record, records
 
 MAIN_JOB = "main-job-cpu.jsonl"
 ATTENTION = "prefix-attention-cpu.jsonl"
@@ -110,7 +110,7 @@ def engine() -> Table:
             r["case"],
             f"{names[r['over']]} / {r['under']}{noise.get(r['over'], '')}",
             bracketed(r["wall"]),
-            _goal(r["target"]),
+            goal(r["target"]),
         ]
         for r in records(ENGINE, kind="ratio")
     ]
@@ -139,7 +139,7 @@ def load_ratios() -> Table:
     rows = []
     for r in records(LOAD, kind="ratio"):
         what, form = shown[r["what"]]
-        rows.append([what, bracketed(r["value"], form), _goal(r["target"])])
+        rows.append([what, bracketed(r["value"], form), goal(r["target"])])
     return [["ratio, by slices", "", "target"], *rows]
 
 
@@ -184,14 +184,6 @@ def _seconds(value: float) -> str:
     """In microseconds or milliseconds, to a tenth below 20."""
     number, unit = (1e6 * value, "us") if value < 1e-3 else (1e3 * value, "ms")
     return f"{number:.1f} {unit}" if number < 20 else f"{number:,.0f} {unit}"
-
-
-def _goal(target: str | None) -> str:
-    """`>= 0.95x` as `at least 0.95`."""
-    if target is None:
-        return ""
-    sign, number = target.split()
-    return f"{'at least' if sign == '>=' else 'at most'} {float(number.removesuffix('x')):g}"
 
 
 def _load_ratio(what: str, form: str) -> Callable[[], str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench.pages.results import Table, Tables, bracketed, records
+from bench.pages.results import Table, Tables, bracketed, goal, records
 
 COST = "train-cost-cpu.jsonl"
 _MIB = 2**20
@@ -35,11 +35,7 @@ def _times() -> Iterator[list[str]]:
 
 
 def _goal(r: dict[str, Any]) -> str:
-    if r["target"] is None:
-        return ""
-    sign, number = r["target"].split()
-    words = "at least" if sign == ">=" else "at most"
-    return f"{words} {float(number.removesuffix('x')):g}: {'met' if r['met'] else 'MISSED'}"
+    return f"{goal(r['target'])}: {'met' if r['met'] else 'MISSED'}" if r["target"] else ""
 
 
 TABLES: Tables = {"train-cost.times": times, "train-cost.memory": memory}
