@@ -20,11 +20,12 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Loaded(Generic[Read]):
-    """What came of reading a version: `content`, or the error that it failed with; `seconds` it took."""
+    """What came of reading a version: `content`, or the error that it failed with; when it began, how long it took."""
 
     version: PromptVersion
     content: Read | None
     error: FastPromptError | None
+    begin: float
     seconds: float
 
 
@@ -87,7 +88,7 @@ class Loader(Generic[Read]):
         while (version := self._asked.get()) is not None:
             begin = time.perf_counter()
             content, error = self._attempt(version)
-            self._done.put(Loaded(version, content, error, time.perf_counter() - begin))
+            self._done.put(Loaded(version, content, error, begin, time.perf_counter() - begin))
             self._on_ready()
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ class Pipeline:
     Semantics:
         ask(version)     the finished copy; else None, and it is on its way. Raises what it failed with, once
         claim(version)   the copy is somebody else's now
+        forgive(name)    what reading a name's files failed with before now is nobody's concern: they were stored anew
         advance()        compiles what was read; True if something finished or failed
     An embedding prompt is compiled by itself, so that its numbers depend on nothing but its weights. At most `MOST`
     prompts are under way or unclaimed: beyond that none is started. Copies that nobody asked for in `PATIENCE` seconds
@@ -57,6 +58,7 @@ class Pipeline:
         self._uncompiled: OrderedDict[str, tuple[PromptVersion, torch.Tensor]] = OrderedDict()
         self._ready: dict[str, tuple[HostCopy, float]] = {}  # and when it was last asked for
         self._failed: OrderedDict[tuple[str, str], FastPromptError] = OrderedDict()  # by name and version
+        self._forgiven: dict[str, float] = {}  # when a name was, while something is being read
 
     def __len__(self) -> int:
         """Prompts under way or unclaimed."""
@@ -88,6 +90,12 @@ class Pipeline:
         if key in self._loader:
             self._dropped.add(key)
 
+    def forgive(self, name: str) -> None:
+        for key in [key for key in self._failed if key[0] == name]:
+            del self._failed[key]
+        if len(self._loader):
+            self._forgiven[name] = time.perf_counter()
+
     def advance(self) -> bool:
         finished = False
         for loaded in self._loader.take():
@@ -98,7 +106,8 @@ class Pipeline:
             self._dropped.discard(key)
             if loaded.error is not None:
                 finished = True
-                self._fail(version, loaded.error)
+                if loaded.begin > self._forgiven.get(version.name, 0.0):
+                    self._fail(version, loaded.error)
                 continue
             self._counts.bytes_read += version.bytes
             if not wanted:
@@ -108,6 +117,8 @@ class Pipeline:
                 self._ready[key] = loaded.content, time.monotonic()
             elif loaded.content is not None:
                 self._uncompiled[key] = version, loaded.content
+        if not len(self._loader):
+            self._forgiven.clear()
         return self._compile() or finished
 
     def close(self) -> None:

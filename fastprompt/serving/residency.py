@@ -254,6 +254,7 @@ class Residency:
     def _forget_dropped(self) -> None:
         while self._dropped:
             name = self._dropped.popleft()
+            self._pipeline.forgive(name)
             try:
                 self._current(name)
             except Exception:  # whoever asks for it next is told why

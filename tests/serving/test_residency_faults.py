@@ -259,3 +259,37 @@ def test_a_copy_owns_its_memory():
     base = torch.zeros(1000, 64)
     copy = HostCopy.pack(Prefix((0,), (base[:2].view(2, 4, 16),), (base[2:4].view(2, 4, 16),)))
     assert sum(t.untyped_storage().nbytes() for t in copy.codes) == copy.nbytes == 2 * 2 * 64 * 4
+
+
+def test_mended_before_anybody_heard_of_the_damage(registry, residency):
+    weights = registry.put("bad", files(2)).folder / WEIGHTS
+    weights.write_bytes(b"")
+    assert residency.acquire("bad") is None  # and whoever asked goes away
+    while residency.stats().disk.failures == 0:
+        residency.progress()
+    registry.put("bad", files(2))
+    residency.drop("bad")
+    assert holds(residency, settle(residency, "bad"), 2)
+
+
+def test_mended_while_the_damage_is_being_read(registry, residency, monkeypatch):
+    registry.put("bad", files(2)).folder.joinpath(WEIGHTS).write_bytes(b"")
+    reading, mended, load = threading.Event(), threading.Event(), registry.load
+
+    def slow(version):
+        try:
+            return load(version)
+        except PromptFileError:
+            reading.set()
+            assert mended.wait(WAIT)
+            raise
+
+    monkeypatch.setattr(registry, "load", slow)
+    assert residency.acquire("bad") is None
+    assert reading.wait(WAIT)
+    registry.put("bad", files(2))
+    residency.drop("bad")
+    residency.progress()
+    mended.set()
+    assert holds(residency, settle(residency, "bad"), 2)
+    assert residency.stats().disk.failures == 0
