@@ -196,7 +196,7 @@ class Few {
     for (int64_t t = 0; t < run.count; t += kReach) {
       const int64_t n = least(kReach, run.count - t);
       const char* v = run.v + t * run.v_stride;
-      const char* next = run.next + t * run.k_stride;
+      const char* next = run.next + t * run.next_stride;
       in_groups(p_.width < 8 * kWidth ? 4 : 2, [&](int r, auto g) {
         constexpr int kRows = decltype(g)::value;
         constexpr int kWide = kRows == 4 ? 4 : 8;  // vectors of values at a time
@@ -204,13 +204,13 @@ class Few {
         float* o = out + r * p_.width;
         int64_t c = 0;
         for (; c + kWide * kWidth <= p_.width; c += kWide * kWidth)
-          value_tile<kRows, kWide>(w, v, run.v_stride, next, run.k_stride, n, o, c);
+          value_tile<kRows, kWide>(w, v, run.v_stride, next, run.next_stride, n, o, c);
         if (c + 4 * kWidth <= p_.width)
-          value_tile<kRows, 4>(w, v, run.v_stride, next, run.k_stride, n, o, c), c += 4 * kWidth;
+          value_tile<kRows, 4>(w, v, run.v_stride, next, run.next_stride, n, o, c), c += 4 * kWidth;
         for (; c + 2 * kWidth <= p_.width; c += 2 * kWidth)
-          value_tile<kRows, 2>(w, v, run.v_stride, next, run.k_stride, n, o, c);
+          value_tile<kRows, 2>(w, v, run.v_stride, next, run.next_stride, n, o, c);
         if constexpr (R::kPack == 1) {
-          if (c < p_.width) value_tile<kRows, 1>(w, v, run.v_stride, next, run.k_stride, n, o, c);
+          if (c < p_.width) value_tile<kRows, 1>(w, v, run.v_stride, next, run.next_stride, n, o, c);
         }
       });
     }

@@ -45,7 +45,8 @@ struct Run {
   const char* k;
   const char* v;
   int64_t k_stride, v_stride;  // bytes
-  const char* next;            // keys likely to be read after this run
+  const char* next;            // keys to ask for while the values of this run are used
+  int64_t next_stride;
   int64_t count;
   int64_t position;  // of its first key
   int64_t index;     // of its first key among the row's own keys, or the prefix's
@@ -97,61 +98,64 @@ inline Span seen(const AttentionCall& call, const Run& run, int64_t position) {
 class Keys {
  public:
   Keys(const Problem& p, const Row& row, int64_t kv_head, int64_t first, int64_t last)
-      : p_(p), row_(row), head_(kv_head), at_(first), last_(last) {}
+      : p_(p), row_(row), head_(kv_head), first_(first), at_(first), last_(last) {}
 
   // The next run of at most `room` keys; false at the end.
   bool next(int64_t room, Run& run) {
     if (at_ >= last_) return false;
     run.own = at_ >= row_.prefix;
     run.count = least(room, (run.own ? last_ : least(last_, row_.prefix)) - at_);
-    if (!run.own) {
-      place(run, p_.call.prefix_k, p_.call.prefix_v, 0, head_, row_.prefix_start + at_);
-      run.index = run.position = at_;
-    } else {
-      run.index = row_.own_start + at_ - row_.prefix;
-      run.position = row_.own_position + at_ - row_.prefix;
-      if (p_.call.paged())
-        page(run);
-      else
-        place(run, p_.call.k, p_.call.v, row_.number, head_, run.index, 1);
-    }
+    run.index = run.own ? row_.own_start + at_ - row_.prefix : at_;
+    run.position = run.own ? row_.own_position + at_ - row_.prefix : at_;
+    if (run.own && p_.call.paged()) run.count = least(run.count, in_one_piece(run.index, run.count));
+    const View &k = run.own ? p_.call.k : p_.call.prefix_k, &v = run.own ? p_.call.v : p_.call.prefix_v;
+    run.k = place(k, at_, head_, run.k_stride);
+    run.v = place(v, at_, head_, run.v_stride);
+    look_ahead(run);
     at_ += run.count;
-    run.next = run.k + run.count * run.k_stride;
-    if (at_ == last_ && run.own && !p_.call.paged())
-      run.next = run.k + (first_own() - run.index) * run.k_stride + p_.call.k.stride[1] * p_.bytes;
     return true;
   }
 
  private:
-  int64_t first_own() const { return row_.own_start; }
-  // A run that starts at token `token` of tensors [(B,) H, tokens, D]; `lead` is 1 where there is a B.
-  void place(Run& run, const View& k, const View& v, int64_t b, int64_t h, int64_t token, int lead = 0) const {
-    run.k_stride = k.stride[lead + 1] * p_.bytes;
-    run.v_stride = v.stride[lead + 1] * p_.bytes;
-    run.k = k.as<const char>() + (lead * b * k.stride[0] + h * k.stride[lead]) * p_.bytes + token * run.k_stride;
-    run.v = v.as<const char>() + (lead * b * v.stride[0] + h * v.stride[lead]) * p_.bytes + token * run.v_stride;
+  // Where key `at` of a head, or its value, lies in the tensor `x` that has it; `stride` is the distance to the next.
+  const char* place(const View& x, int64_t at, int64_t head, int64_t& stride) const {
+    if (at < row_.prefix) {  // [H, tokens, D]
+      stride = x.stride[1] * p_.bytes;
+      return x.as<const char>() + head * x.stride[0] * p_.bytes + (row_.prefix_start + at) * stride;
+    }
+    const int64_t own = row_.own_start + at - row_.prefix;
+    if (!p_.call.paged()) {  // [B, H, tokens, D]
+      stride = x.stride[2] * p_.bytes;
+      return x.as<const char>() + (row_.number * x.stride[0] + head * x.stride[1]) * p_.bytes + own * stride;
+    }
+    const Index table = p_.call.block_table[row_.number];  // [blocks, block_size, H, D]
+    const int64_t size = x.size[1];
+    stride = x.stride[1] * p_.bytes;
+    return x.as<const char>() + (table[own / size] * x.stride[0] + head * x.stride[2]) * p_.bytes + own % size * stride;
   }
 
-  // As many tokens as lie one behind the other, through pages that happen to be neighbours.
-  void page(Run& run) const {
+  // What will be read after the values of this run's block: keys one block on, at the end those of the next head.
+  void look_ahead(Run& run) const {
+    int64_t at = at_ + kBlock, head = head_;
+    if (at >= last_) at = first_ + (at_ - first_) % kBlock, ++head;
+    if (head == p_.call.kv_heads()) at = at_, head = head_;
+    run.next = place(at < row_.prefix ? p_.call.prefix_k : p_.call.k, at, head, run.next_stride);
+  }
+
+  // As many own keys as lie one behind the other, through pages that happen to be neighbours.
+  int64_t in_one_piece(int64_t index, int64_t most) const {
     const View &k = p_.call.k, &v = p_.call.v;
     const Index table = p_.call.block_table[row_.number];
-    const int64_t size = k.size[1];
-    const int64_t first = run.index / size, inside = run.index % size;
-    const int64_t block = table[first];
+    const int64_t size = k.size[1], first = index / size;
     const bool dense = k.stride[0] == size * k.stride[1] && v.stride[0] == size * v.stride[1];
-    int64_t reach = size - inside;
-    for (int64_t n = 1; dense && reach < run.count && table[first + n] == block + n; ++n) reach += size;
-    run.count = least(run.count, reach);
-    run.k_stride = k.stride[1] * p_.bytes;
-    run.v_stride = v.stride[1] * p_.bytes;
-    run.k = k.as<const char>() + (block * k.stride[0] + head_ * k.stride[2]) * p_.bytes + inside * run.k_stride;
-    run.v = v.as<const char>() + (block * v.stride[0] + head_ * v.stride[2]) * p_.bytes + inside * run.v_stride;
+    int64_t reach = size - index % size;
+    for (int64_t n = 1; dense && reach < most && table[first + n] == table[first] + n; ++n) reach += size;
+    return reach;
   }
 
   const Problem& p_;
   const Row& row_;
-  int64_t head_, at_, last_;
+  int64_t head_, first_, at_, last_;
 };
 
 // Runs whose logits share one softmax step.
