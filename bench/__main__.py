@@ -6,45 +6,53 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from bench import compare, runs
 
-COMMANDS = {  # name -> (module with `add_arguments(parser)` and `run(args) -> exit status`, one line of help)
-    "micro": ("bench.micro", "every op against its peers, shape by shape, on the CPU"),
-    "e2e": ("bench.e2e", "the whole model in two minutes: forward, generation, training; bare, PEFT, fastprompt"),
-    "sweep": ("bench.sweep", "how cost grows with lengths, prompts, rows and context, on the CPU"),
-    "serve": ("bench.serving_load", "the server under load: a thousand tenants through HTTP, against PEFT"),
-    "compare": ("bench.compare", "two files of results as ratios; what became slower is flagged"),
-    "plot": ("bench.plot", "the pictures in docs/pictures, from the last results"),
-    "main-job": ("bench.main_job", "mixed prompts over one backbone against PEFT and the bare backbone, on the CPU"),
-    "chosen-layers": ("bench.chosen_layers", "backward of P-Tuning v2 on the top quarter of the layers, on the CPU"),
-    "train-cost": ("bench.train_cost", "a training step against PEFT and the bare backbone, on the CPU"),
-    "prefix-attention": ("bench.prefix_attention", "attention to prefixes read in place against torch's, on the CPU"),
-    "prefix-attention-memory": ("bench.prefix_attention_memory", "what prefix attention allocates and keeps"),
-    "gpu-check": ("bench.gpu_check.command", "the kernels on this machine's NVIDIA GPU: right or not, and how fast"),
-    "launch-cost": (
-        "bench.launch_cost",
-        "what launching a Triton kernel costs the host, with a driver that does nothing",
-    ),
-    "serving-engine": ("bench.serving_engine", "the serving engine against generate, without HTTP, on the CPU"),
-    "registered-prompts": ("bench.registered_prompts", "a registry of 100,000 prompts against one of 10"),
-    "bank-storage": ("bench.bank_storage", "what prompts kept in 8 bits do to the logits"),
-    "serving-load": ("bench.serving_load", "the former name of serve"),
-    "ray-replicas": ("bench.ray_replicas", "Ray Serve: tenants' replicas, and one of them killed under load"),
-    "vllm-serving": ("bench.vllm_serving", "prompts inside vLLM against vLLM without, and 2,000 of them, on the CPU"),
-    "quality-search": ("bench.quality.search", "how the settings for SNIPS were looked for, on validation"),
-    "pages": (
-        "bench.pages.command",
-        "tables and numbers in README and docs/: checked against bench/results, or written",
-    ),
-    "quality": ("bench.quality.command", "trained prompts on real data and weights against other ways to learn"),
-}
+
+@dataclass(frozen=True)
+class Command:
+    """A module of bench with `add_arguments(parser)` and `run(args) -> exit status`, and one line of help.
+
+    What is `compared` says at its end what moved since its last committed run on a machine of this kind.
+    """
+
+    module: str
+    about: str
+    compared: bool = False
+
+    def load(self) -> Any:
+        """The module, which is imported only when it is needed."""
+        return importlib.import_module(f"bench.{self.module}")
 
 
-COMPARED = ("micro", "e2e", "sweep", "serve", "serving-load", "main-job", "chosen-layers", "train-cost",
-            "prefix-attention", "serving-engine", "registered-prompts")  # fmt: skip
+COMMANDS = {
+    "micro": Command("micro", "every op against its peers, shape by shape, on the CPU", True),
+    "e2e": Command("e2e", "the whole model in two minutes: forward, generating, training", True),
+    "serve": Command("serving_load", "the server under load: a thousand tenants through HTTP, against PEFT", True),
+    "sweep": Command("sweep", "how cost grows with lengths, prompts, rows and context, on the CPU", True),
+    "gpu-check": Command("gpu_check.command", "the kernels on this machine's NVIDIA GPU: right or not, and how fast"),
+    "compare": Command("compare", "two files of results as ratios; what became slower is flagged"),
+    "plot": Command("plot", "the pictures in docs/pictures, from the last results"),
+    "pages": Command("pages.command", "measured numbers in README and docs/, checked against bench/results or written"),
+    "main-job": Command("main_job", "mixed prompts over one backbone, against PEFT and the bare backbone", True),
+    "train-cost": Command("train_cost", "a training step, against PEFT and the bare backbone", True),
+    "chosen-layers": Command("chosen_layers", "backward of P-Tuning v2 on the top quarter of the layers", True),
+    "prefix-attention": Command("prefix_attention", "micro of attention alone, with targets and more shapes", True),
+    "prefix-attention-memory": Command("prefix_attention_memory", "what prefix attention allocates and keeps"),
+    "launch-cost": Command("launch_cost", "what launching a Triton kernel costs the host"),
+    "serving-engine": Command("serving_engine", "the serving engine against generate, without HTTP", True),
+    "registered-prompts": Command("registered_prompts", "a registry of 100,000 prompts against one of 10", True),
+    "bank-storage": Command("bank_storage", "what prompts kept in 8 bits do to the logits"),
+    "ray-replicas": Command("ray_replicas", "Ray Serve: tenants' replicas, and one of them killed under load"),
+    "vllm-serving": Command("vllm_serving", "prompts inside vLLM against vLLM without, and 2,000 of them"),
+    "quality": Command("quality.command", "trained prompts on real data and weights against other ways to learn"),
+    "quality-search": Command("quality.search", "how the settings for SNIPS were looked for, on validation"),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,13 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, about) in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=about)
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(name, help=command.about, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in given:  # only the benchmark that runs is imported
-            importlib.import_module(module).add_arguments(command)
+            added.description = command.load().__doc__
+            command.load().add_arguments(added)
     args = parser.parse_args(given)
-    run = importlib.import_module(COMMANDS[args.command][0]).run
-    status: int = _compared(run, args) if args.command in COMPARED else run(args)
+    command = COMMANDS[args.command]
+    run = command.load().run
+    status: int = _compared(run, args) if command.compared else run(args)
     return status
 
 

@@ -12,13 +12,13 @@ from bench.attention_cases import Case
 from bench.attention_check import Truth, truth
 from bench.attention_inputs import Inputs, build
 from bench.ceilings import Share
-from bench.op_run import OURS, SAMPLE, Outcome, Settings, Verdict, judge, set_count, slack, spread, timed
+from bench.op_run import OURS, SAMPLE, OpOutcome, Settings, Verdict, judge, set_count, slack, spread, timed
 
 _SHORTEST = 50e-6  # seconds of a floor below which the call's own cost counts and the share has no target
 _OF_CEILING = {"memory": 0.7, "compute": 0.6}
 
 
-def run(case: Case, dtype: str, settings: Settings) -> Outcome:
+def run(case: Case, dtype: str, settings: Settings) -> OpOutcome:
     """Measures a case; raises `CheckFailed` where a contestant is wrong before or after it was timed."""
     inputs = build(case, dtype)
     right = truth(case, inputs)
@@ -37,7 +37,7 @@ def run(case: Case, dtype: str, settings: Settings) -> Outcome:
     verdicts = [judge(ratio, case.least(ratio.over, dtype), settings) for ratio in ratios]
     verdicts.append(_judge_share(case, dtype, share, settings, all(ratio.quiet for ratio in ratios)))
     about = {name: entry.about for name, entry in entries.items()}
-    return Outcome(case, dtype, len(sets), time, about, errors, samples, ratios, share, verdicts)
+    return OpOutcome(case, dtype, len(sets), time, about, errors, samples, ratios, share, verdicts)
 
 
 def _entries(case: Case, inputs: Inputs, right: Truth, settings: Settings) -> dict[str, Entry]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 VOCABULARY = 8000  # small: a large output layer would hide what attention costs
+INIT_STD = 0.5  # of random prefixes: about the size of the backbone's own keys and values
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,6 @@ def random_text(size: LlamaSize, rows: int, tokens: int, seed: int = 0, device: 
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def facts(size: LlamaSize) -> dict[str, int]:
-    """The size as a record."""
-    return asdict(size)
+def greedy(new: int) -> dict[str, Any]:
+    """Options of `generate` for exactly so many new tokens, each the likeliest."""
+    return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}

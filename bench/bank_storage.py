@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from bench import machine, options
-from bench.measure import Journal
+from bench import options, session
 from fastprompt import Cartridge, PromptedModel, demo
 from fastprompt.integrations.transformers.backbone import evaluating
 from fastprompt.serving.host_copy import HostCopy
@@ -43,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints and writes what was measured; 0, since the tests judge it."""
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model = PromptedModel(demo.backbone())
     texts = random_texts(model)
@@ -52,9 +49,7 @@ def run(args: argparse.Namespace) -> int:
         "instructions, their inputs": (instructions(model), inputs()),
         "normal, random texts": (normal(model, 4), [texts]),
     }
-    with args.out.open("a") if args.out else nullcontext() as out:
-        journal = Journal(out)
-        journal.write("machine", benchmark="bank-storage", **machine.facts())
+    with session.opened(args, "bank-storage") as journal:
         for name, (prefixes, rows) in cases.items():
             for storage in STORAGES:
                 found = change(model, prefixes, storage, rows)

@@ -7,69 +7,69 @@ its graph, interleaved. Memory is by how much the process grows in one forward a
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 import fastprompt as fp
-from bench import machine, measure, options
-from bench.backbones import LlamaSize, facts, llama, random_text
-from bench.measure import Agreement, CheckFailed, Contestant, Journal
-from bench.prefix_attention_memory import peak_growth
+from bench import measure, options, outcome
+from bench.backbones import INIT_STD, LlamaSize, llama, random_text
+from bench.measure import Agreement, Contestant, Journal
+from bench.memory import peak_growth
+from bench.outcome import Outcome, Target
 
-TARGET = 0.45  # of the time that the backward over all layers takes
-FULL = (LlamaSize(12, 512, 8, 2, 1408), 32, 128, 64)  # backbone, rows, text tokens, virtual tokens
-QUICK = (LlamaSize(4, 64, 4, 2, 128, 100), 2, 9, 4)
+TARGET = Target(at_most=0.45)  # of the time that the backward over all layers takes
+_CASE = "backward"
 _TOLERANCE = 1e-5  # of gradients, relative to their scale
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the case is, and how often it runs."""
+
+    backbone: LlamaSize
+    rows: int
+    tokens: int
+    virtual: int
+    rounds: int = 7
+
+
+FULL = Size(LlamaSize(12, 512, 8, 2, 1408), 32, 128, 64)
+QUICK = Size(LlamaSize(4, 64, 4, 2, 128, 100), 2, 9, 4, 2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench chosen-layers`."""
-    options.add(parser, "quick", "threads", "wait", "out", rounds=7)
+    options.add(parser, "quick", "rounds", "threads", "wait", "out")
+    parser.set_defaults(case=[_CASE])
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; 1 where the check failed, or the target on a quiet machine at full size."""
-    torch.set_num_threads(args.threads)
-    size, rows, tokens, length = QUICK if args.quick else FULL
-    model = fp.PromptedModel(llama(size))
-    top = tuple(range(-max(1, size.layers // 4), 0))
+    size = QUICK if args.quick else FULL
+    case = partial(backward_case, size, args.rounds or size.rounds, not args.quick)
+    return outcome.run_cases("chosen-layers", size.backbone, {_CASE: case}, args)
+
+
+def backward_case(size: Size, rounds: int, judge: bool, journal: Journal) -> bool:
+    """The backward to a prompt of all layers, and to one of the top quarter; what both make the process grow by."""
+    print(f"  {size.rows} rows of {size.tokens} tokens, {size.virtual} virtual tokens")
+    model = fp.PromptedModel(llama(size.backbone))
+    top = tuple(range(-max(1, size.backbone.layers // 4), 0))
     for name, layers in (("all layers", None), ("top quarter", top)):
-        model.add_prompt(name, fp.PTuningV2(num_virtual_tokens=length, layers=layers, init_std=0.5), seed=0)
-    text = random_text(size, rows, tokens)
-    with args.out.open("a") if args.out else nullcontext() as out:
-        journal = Journal(out)
-        journal.write("machine", benchmark="chosen-layers", quick=args.quick, backbone=facts(size), **machine.facts())
-        print(f"{size.describe()}; {rows} rows of {tokens} tokens, {length} virtual tokens")
-        if args.wait and not measure.wait_until_quiet(args.wait):
-            print("  other processes keep the machine busy: times will be noisy")
-        try:
-            checks = [_gradients_through_all_layers(model, text)]
-            for name in model.prompt_names:
-                growth = peak_growth(lambda name=name: _gradient(model, text, name))
-                journal.write("memory", name=name, bytes=growth)
-                print(f"  {name}: forward and backward grow the process by {growth / 2**20:.0f} MiB")
-            contestants = {name: _backward(model, text, name, checks) for name in model.prompt_names}
-            samples = measure.interleave(contestants, args.rounds)
-            for check in checks:
-                check.finish()
-        except CheckFailed as error:
-            journal.write("check", green=False, error=str(error))
-            print(f"CHECK FAILED, no ratios: {error}")
-            return 1
-        ratio = measure.ratio(samples, "top quarter", "all layers")
-        journal.samples("backward", samples)
-        judged = ratio.quiet and not args.quick
-        met = ratio.wall.median <= TARGET if judged else None
-        journal.write("ratio", case="backward", target=f"<= {TARGET:g}x", met=met, **asdict(ratio))
-    for name, runs in samples.items():
-        wall, cpu = (measure.Spread.of([getattr(s, clock) for s in runs]).median for clock in ("wall", "cpu"))
-        print(f"  backward of {name}: wall {wall:.3f} s, cpu {cpu:.3f} s")
-    print(f"  top quarter / all layers: wall {ratio.wall.median:.3f}x, cpu {ratio.cpu.median:.3f}x, target {TARGET:g}x")
-    if not judged:
-        print("  a busy machine, or tiny sizes: no proof")
-    return int(met is False)
+        config = fp.PTuningV2(num_virtual_tokens=size.virtual, layers=layers, init_std=INIT_STD)
+        model.add_prompt(name, config, seed=0)
+    text = random_text(size.backbone, size.rows, size.tokens)
+    checks = [_gradients_through_all_layers(model, text)]
+    for name in model.prompt_names:
+        growth = peak_growth(partial(_gradient, model, text, name))
+        journal.write("memory", name=name, bytes=growth)
+        print(f"  {name}: forward and backward grow the process by {growth / 2**20:.0f} MiB")
+    contestants = {name: _backward(model, text, name, checks) for name in model.prompt_names}
+    samples = measure.interleave(contestants, rounds)
+    ratio = measure.ratio(samples, "top quarter", "all layers")
+    return Outcome(_CASE, samples, checks, [(ratio, TARGET)]).report(journal, judge)
 
 
 def _loss(model: fp.PromptedModel, text: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from bench import checkout, machine, measure
-from bench.measure import Contestant, Journal, Spread
+from bench import checkout, measure, options, session
+from bench.measure import CheckFailed, Contestant, Spread
 
 _CALLS = 2000  # in a row make a sample
 TRITON, REMEMBERED = "by Triton", "remembered"
@@ -35,14 +33,11 @@ class Launch(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench launch-cost`."""
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of the interleaved run")
-    parser.add_argument("--quick", action="store_true", help="few calls: shows that it runs")
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+    options.add(parser, "quick", "out", rounds=15)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; 1 where the two ways differ, 2 without Triton."""
-    torch.set_num_threads(1)
     try:
         import triton
     except ImportError:
@@ -50,15 +45,11 @@ def run(args: argparse.Namespace) -> int:
         return 2
     checkout.find_kernels()
     launch = forward_launch()
-    with args.out.open("a") if args.out else nullcontext() as out:
-        journal = Journal(out)
-        count = len(launch.args) + len(launch.meta)
-        about = {"arguments": count, "triton": triton.__version__, **machine.facts()}
-        journal.write("machine", benchmark="launch-cost", quick=args.quick, **about)
+    count = len(launch.args) + len(launch.meta)
+    with session.opened(args, "launch-cost", arguments=count, triton=triton.__version__) as journal:
         ways, noted = stubbed(launch)
         if noted[0] != noted[1]:
-            journal.write("check", green=False, error="the two ways hand the driver different launches")
-            print("CHECK FAILED: the two ways hand the driver different launches")
+            session.red(journal, CheckFailed("the two ways hand the driver different launches"), case="launch")
             return 1
         calls = _CALLS // 100 if args.quick else _CALLS
         contestants = {name: Contestant(way, lambda _: None, calls=calls) for name, way in ways.items()}

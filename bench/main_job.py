@@ -15,19 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
 import fastprompt as fp
 from bench import measure, outcome
-from bench.backbones import LlamaSize, llama, random_text, twin, with_peft
+from bench.backbones import INIT_STD, LlamaSize, greedy, llama, random_text, twin, with_peft
 from bench.measure import Agreement, CheckFailed, Contestant, Journal
-from bench.outcome import Outcome, Target
+from bench.outcome import NOISE, Outcome, Target
 
 LOGITS = 1e-4  # largest difference to PEFT and the bare backbone allowed, relative to the logits' scale
-NOISE = 1.02  # a ratio to this is "the same time" even where the machine's own noise is smaller
-_INIT_STD = 0.5  # of random prefixes: about the size of the backbone's own keys and values
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,19 @@ def generate_case(size: Size, rounds: int) -> Outcome:
         made = []
         for row, name in enumerate(names):
             peft.set_adapter(name)
-            made.append(peft.generate(**{k: v[row : row + 1] for k, v in text.items()}, **_greedy(new)))
+            made.append(peft.generate(**{k: v[row : row + 1] for k, v in text.items()}, **greedy(new)))
         return torch.cat(made)
 
-    plain.check(bare.generate(**text, **_greedy(new)))
-    plain.check(ours.generate(**text, **_greedy(new)))
+    plain.check(bare.generate(**text, **greedy(new)))
+    plain.check(ours.generate(**text, **greedy(new)))
     logits = Agreement("logits, fastprompt and PEFT", LOGITS)
     for row in (0, rows - 1):
         peft.set_adapter(names[row])
         one = {k: v[row : row + 1] for k, v in text.items()}
         logits.equal(ours(**text, prompts=names).logits[row : row + 1], peft(**one).logits)
     contestants = {
-        "fastprompt": Contestant(lambda: ours.generate(**text, prompts=names, **_greedy(new)), prompted.check),
-        "bare": Contestant(lambda: bare.generate(**text, **_greedy(new)), plain.check),
+        "fastprompt": Contestant(lambda: ours.generate(**text, prompts=names, **greedy(new)), prompted.check),
+        "bare": Contestant(lambda: bare.generate(**text, **greedy(new)), plain.check),
         "peft, row by row": Contestant(peft_row_by_row, prompted.check, size.peft_every),
     }
     samples = measure.interleave(contestants, rounds)
@@ -93,7 +90,7 @@ def forward_case(size: Size, rounds: int) -> Outcome:
 
 def prefix_case(size: Size, rounds: int) -> Outcome:
     """One prefix prompt for all rows: logits of the text, without gradients."""
-    config = fp.PrefixTuning(num_virtual_tokens=size.forward[1], init_std=_INIT_STD)
+    config = fp.PrefixTuning(num_virtual_tokens=size.forward[1], init_std=INIT_STD)
     return _forward("prefix", size, rounds, config, 0, 1.02)
 
 
@@ -140,7 +137,7 @@ def bank_case(size: Size, rounds: int) -> Outcome:
 
     def contestant(count: int) -> Contestant:
         model = models[count]
-        return Contestant(lambda: model.generate(**text, prompts=used[count], **_greedy(new)), tokens.check)
+        return Contestant(lambda: model.generate(**text, prompts=used[count], **greedy(new)), tokens.check)
 
     small, large = f"{few} prompts", f"{many} prompts"
     again = f"{small}, again"
@@ -177,13 +174,9 @@ def run(args: argparse.Namespace) -> int:
         return outcome.run_cases("main-job", size.backbone, {name: runner(case) for name, case in CASES.items()}, args)
 
 
-def _greedy(new: int) -> dict[str, Any]:
-    return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-
-
 def add_prefixes(model: fp.PromptedModel, count: int, length: int) -> list[str]:
     """`count` random prefix prompts, all resident in the bank one after the other; their names."""
-    config = fp.PrefixTuning(num_virtual_tokens=length, init_std=_INIT_STD)
+    config = fp.PrefixTuning(num_virtual_tokens=length, init_std=INIT_STD)
     for i in range(count):
         model.add_prompt(f"prompt-{i}", config, seed=i)
     with model.library.prefix_batch(model.prompt_names):

@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,18 +21,17 @@ from bench import (
     ceilings,
     embed_prompts,
     grouped_linear,
-    machine,
-    measure,
     merge_states,
     op_cases,
     options,
     paged_prefix_attention,
+    session,
 )
 from bench import op_report as report
 from bench.attention_cases import SETS
 from bench.attention_inputs import DTYPES
 from bench.measure import CheckFailed, Journal
-from bench.op_run import Outcome, Settings
+from bench.op_run import OpOutcome, Settings
 from fastprompt import dispatch, native
 
 
@@ -41,7 +40,7 @@ class Op:
     """The shapes of an op by the names of their sets, and what measures one in a dtype."""
 
     sets: dict[str, Sequence[Any]]
-    run: Callable[[Any, str, Settings], Outcome]
+    run: Callable[[Any, str, Settings], OpOutcome]
 
 
 OPS = {
@@ -55,23 +54,31 @@ OPS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench micro`."""
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), help="which ops (default: all)")
+    options.choice(parser, "--op", OPS, "which ops")
     add_choices(parser)
 
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
     """The options of any benchmark of ops."""
     parser.add_argument(
-        "--set", choices=SETS, default="table", help="cases with targets of their own, or around them (attention only)"
+        "--set",
+        choices=SETS,
+        default="table",
+        help="cases with targets of their own, or around them (attention only; default: table)",
     )
-    parser.add_argument("--cases", type=re.compile, default=re.compile(""), metavar="REGEX", help="of cases' names")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of those a case has")
-    parser.add_argument("--impl", choices=dispatch.IMPLS, help="implementation to measure (default: the best here)")
+    parser.add_argument(
+        "--cases",
+        type=re.compile,
+        default=re.compile(""),
+        metavar="REGEX",
+        help="only cases whose names it is found in",
+    )
+    options.choice(parser, "--dtypes", DTYPES, "which dtypes, of those that a case has")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument(
         "--buffers", choices=("hot", "rotating"), help="whether inputs are in the caches (default: per case)"
     )
-    options.add(parser, "quick", "threads", "wait", "out", rounds=15)
+    options.add(parser, "impl", "quick", "threads", "wait", "out", rounds=15)
 
 
 def run(args: argparse.Namespace, benchmark: str = "micro") -> int:
@@ -84,11 +91,8 @@ def run(args: argparse.Namespace, benchmark: str = "micro") -> int:
         for case, dtype in todo:
             print(f"{case.name}  {dtype}")
         return 0
-    torch.set_num_threads(args.threads)
-    with args.out.open("a") if args.out else nullcontext() as out, torch.no_grad():
-        journal = Journal(out)
-        settings = setting(args, benchmark, sorted({dtype for _, dtype in todo}), journal)
-        outcomes, red = [], 0
+    outcomes, red = [], 0
+    with opened(args, benchmark, sorted({dtype for _, dtype in todo}), args.buffers) as (settings, journal):
         for case, dtype in todo:
             outcome = measured(OPS[case.op].run, case, dtype, settings, args.wait, journal)
             if outcome is None:
@@ -97,45 +101,44 @@ def run(args: argparse.Namespace, benchmark: str = "micro") -> int:
             journal.write("case", **report.record(outcome))
             print(report.lines(outcome, settings.clock), flush=True)
             outcomes.append(outcome)
-        journal.write("end", load=machine.load())
     report.show(outcomes, settings)
     met = [verdict.met for outcome in outcomes for verdict in outcome.verdicts if verdict.target is not None]
     print(f"{red} red, {met.count(True)} targets met, {met.count(False)} missed, {met.count(None)} not judged")
     return int(red > 0 or False in met)
 
 
-def setting(args: argparse.Namespace, benchmark: str, dtypes: list[str], journal: Journal) -> Settings:
-    """How to measure, with the ceilings of this machine; says both."""
+@contextmanager
+def opened(
+    args: argparse.Namespace, benchmark: str, dtypes: Sequence[str], buffers: str | None = None
+) -> Iterator[tuple[Settings, Journal]]:
+    """How to measure, with the ceilings of this machine, and the run's journal; no gradients meanwhile."""
     impl = dispatch.choose("prefix_attention", args.impl, torch.device("cpu"), *(DTYPES[dtype] for dtype in dtypes))
-    here = machine.facts()
-    clock = "cpu" if args.threads == 1 else "wall"
-    _wait(args.wait)
-    limits = ceilings.of_machine(dtypes, clock, args.quick)
     isa = native.load().isa() if impl == "cpu" else None
-    journal.write("machine", benchmark=benchmark, quick=args.quick, impl=impl, isa=isa, **here)
-    journal.write("ceilings", **asdict(limits))
-    print(f"{here['cpu']}, {here['cores']} cores, {args.threads} threads, load {here['load']}, impl {impl} {isa or ''}")
-    print(f"{clock} time counts; {report.ceilings(limits)}\n", flush=True)
-    rotate = None if args.buffers is None else args.buffers == "rotating"
-    rounds = min(args.rounds, 2) if args.quick else args.rounds
-    return Settings(impl, clock, limits, rounds, rotate, args.quick)
+    with session.opened(args, benchmark, impl=impl, isa=isa) as journal, torch.no_grad():
+        clock = "cpu" if args.threads == 1 else "wall"
+        session.wait(args.wait)
+        limits = ceilings.of_machine(list(dtypes), clock, args.quick)
+        journal.write("ceilings", **asdict(limits))
+        print(f"impl {impl} {isa or ''}; {clock} time counts; {report.ceilings(limits)}\n", flush=True)
+        rotate = None if buffers is None else buffers == "rotating"
+        rounds = min(args.rounds, 2) if args.quick else args.rounds
+        yield Settings(impl, clock, limits, rounds, rotate, args.quick), journal
 
 
 def measured(
-    run: Callable[[Any, str, Settings], Outcome],
+    run: Callable[[Any, str, Settings], OpOutcome],
     case: Any,
     dtype: str,
     settings: Settings,
     wait: float,
     journal: Journal,
-) -> Outcome | None:
+) -> OpOutcome | None:
     """Measures one case; None where a check was red, which is told and kept in the journal."""
-    _wait(wait)
+    session.wait(wait)
     try:
         return run(case, dtype, settings)
     except CheckFailed as error:
-        journal.write("check", case=case.name, dtype=dtype, green=False, error=str(error))
-        print(f"{case.name}  {dtype}: CHECK FAILED, no ratios: {error}", file=sys.stderr)
+        session.red(journal, error, case=case.name, dtype=dtype)
         return None
 
 
@@ -143,8 +146,3 @@ def _chosen(args: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     for case in (case for op in args.op for case in OPS[op].sets.get(args.set, ())):
         if args.cases.search(case.name):
             yield from ((case.shrunk() if args.quick else case, d) for d in case.dtypes if d in args.dtypes)
-
-
-def _wait(seconds: float) -> None:
-    if seconds and not measure.wait_until_quiet(seconds):
-        print("other processes keep the machine busy: times will be noisy")

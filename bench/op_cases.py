@@ -13,7 +13,7 @@ from bench.attention_baselines import Entry
 from bench.attention_check import Truth, bounded
 from bench.attention_inputs import DTYPES
 from bench.ceilings import Work
-from bench.op_run import OURS, Outcome, Settings, Verdict, judge, set_count, slack, spread, timed
+from bench.op_run import OURS, OpOutcome, Settings, Verdict, judge, set_count, slack, spread, timed
 
 Inputs = dict[str, Tensor]
 
@@ -54,7 +54,7 @@ class OpCase(ABC):
         return {name: tensor.clone() for name, tensor in x.items()}
 
 
-def run(case: OpCase, dtype: str, settings: Settings) -> Outcome:
+def run(case: OpCase, dtype: str, settings: Settings) -> OpOutcome:
     """Measures a case; raises `CheckFailed` where a contestant is wrong before or after it was timed."""
     x = case.inputs(DTYPES[dtype])
     right = _truth(case, x)
@@ -78,7 +78,7 @@ def run(case: OpCase, dtype: str, settings: Settings) -> Outcome:
     share = ceilings.share(needed, time.median, settings.ceilings, dtype)
     verdicts = [judge(ratio, 1.0, settings) for ratio in ratios] + [Verdict("ceiling", share.share, None, None)]
     about = {name: entry.about for name, entry in entries.items()}
-    return Outcome(case, dtype, len(sets), time, about, errors, samples, ratios, share, verdicts)
+    return OpOutcome(case, dtype, len(sets), time, about, errors, samples, ratios, share, verdicts)
 
 
 def _truth(case: OpCase, x: Inputs) -> Truth:

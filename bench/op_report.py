@@ -14,14 +14,14 @@ from rich.text import Text
 from bench.attention_cases import BASELINES
 from bench.ceilings import Ceilings
 from bench.measure import Spread
-from bench.op_run import OURS, Outcome, Settings, Verdict
+from bench.op_run import OURS, OpOutcome, Settings, Verdict
 
 _WIDE = 180  # columns where the output is not a terminal
 _STYLES = {True: "green", False: "bold red", None: "dim"}
 _WORDS = {True: "pass", False: "FAIL", None: ""}
 
 
-def lines(outcome: Outcome, clock: str) -> str:
+def lines(outcome: OpOutcome, clock: str) -> str:
     """An outcome as it is printed when its case is done."""
     share, time = outcome.share, outcome.time
     worst = max(outcome.errors[OURS].items(), key=lambda item: item[1])
@@ -42,7 +42,7 @@ def lines(outcome: Outcome, clock: str) -> str:
     return "\n".join(shown)
 
 
-def buffers(outcome: Outcome) -> str:
+def buffers(outcome: OpOutcome) -> str:
     return "hot" if outcome.sets == 1 else f"rotating over {outcome.sets} sets"
 
 
@@ -54,7 +54,7 @@ def ceilings(limits: Ceilings) -> str:
     return f"ceilings: {found}{'' if quiet else '; busy machine: they may be higher'}"
 
 
-def record(outcome: Outcome) -> dict[str, Any]:
+def record(outcome: OpOutcome) -> dict[str, Any]:
     """An outcome as the journal holds it."""
     times = {
         name: {clock: asdict(Spread.of([getattr(s, clock) for s in runs])) for clock in ("wall", "cpu")}
@@ -74,7 +74,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def show(outcomes: Sequence[Outcome], settings: Settings) -> None:
+def show(outcomes: Sequence[OpOutcome], settings: Settings) -> None:
     """A table an op, one row an outcome; ratios are baseline / ours, so more is better."""
     console = Console()
     if not console.is_terminal:
@@ -87,7 +87,7 @@ def show(outcomes: Sequence[Outcome], settings: Settings) -> None:
             print(f"{name}: {about}")
 
 
-def _table(op: str, outcomes: Sequence[Outcome], settings: Settings) -> Table:
+def _table(op: str, outcomes: Sequence[OpOutcome], settings: Settings) -> Table:
     names = list(_about(outcomes))
     title = f"{op}, impl {settings.impl}: baseline / ours, {settings.clock} time"
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
@@ -108,7 +108,7 @@ def _table(op: str, outcomes: Sequence[Outcome], settings: Settings) -> Table:
     return table
 
 
-def _about(outcomes: Sequence[Outcome]) -> dict[str, str]:
+def _about(outcomes: Sequence[OpOutcome]) -> dict[str, str]:
     """What ours is compared to, the reference last, each with what it is."""
     found: dict[str, str] = {}
     for outcome in outcomes:

@@ -61,7 +61,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class OpOutcome:
     """A case that was green: what it took, how far off it was, and how it compares."""
 
     case: Named

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from fastprompt import dispatch
+
 _OPTIONS: dict[str, dict[str, Any]] = {
+    "impl": {"choices": dispatch.IMPLS, "help": "implementation to measure (default: the best here)"},
     "quick": {"action": "store_true", "help": "tiny sizes: shows that it runs, judges nothing"},
-    "rounds": {"type": int, "help": "rounds of each interleaved run"},
-    "threads": {"type": int, "default": 2, "help": "threads of torch (default: 2)"},
-    "wait": {"type": float, "default": 0.0, "help": "seconds to wait for a quiet machine before each case"},
+    "rounds": {"type": int, "metavar": "N", "help": "rounds of each interleaved run (default: by case)"},
+    "threads": {"type": int, "default": 2, "metavar": "N", "help": "threads of torch (default: 2)"},
+    "wait": {
+        "type": float,
+        "default": 0.0,
+        "metavar": "SECONDS",
+        "help": "of waiting for a quiet machine before a case",
+    },
     "out": {"type": Path, "metavar": "FILE", "help": "append JSON lines to this file"},
 }
 
@@ -23,3 +32,16 @@ def add(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
             parser.add_argument(f"--{name}", **settings | {"default": defaults[name], "help": about})
         elif name in names:
             parser.add_argument(f"--{name}", **settings)
+
+
+def choice(parser: argparse.ArgumentParser, flag: str, known: Collection[str], about: str) -> None:
+    """Gives a parser an option that takes some of the names that are known, by default all."""
+    shown = ", ".join(f'"{name}"' if " " in name else name for name in known)
+    parser.add_argument(
+        flag,
+        nargs="+",
+        choices=list(known),
+        default=list(known),
+        metavar="NAME",
+        help=f"{about} (default: all): {shown}",
+    )

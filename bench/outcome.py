@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-import torch
-
-from bench import machine, measure, options
-from bench.backbones import LlamaSize, facts
+from bench import options, session
+from bench.backbones import LlamaSize
 from bench.measure import Agreement, CheckFailed, Journal, Ratio, Sample, Spread
 
 VERDICTS = {None: "", True: ": met", False: ": MISSED"}
+NOISE = 1.02  # a ratio to this is "the same time" even where the machine's own noise is smaller
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser, cases: Sequence[str]) -> None:
     """The options of a benchmark that `run_cases` runs."""
-    parser.add_argument("--case", nargs="+", choices=cases, default=list(cases), help="which cases (default: all)")
+    options.choice(parser, "--case", cases, "which cases")
     options.add(parser, "quick", "rounds", "threads", "wait", "out")
 
 
@@ -82,27 +79,18 @@ def run_cases(
     benchmark: str, backbone: LlamaSize, cases: Mapping[str, Callable[[Journal], bool]], args: argparse.Namespace
 ) -> int:
     """Runs the cases that were asked for; 1 where a check failed or a case, by what it returns, missed a target."""
-    torch.set_num_threads(args.threads)
     failed = False
-    with args.out.open("a") if args.out else nullcontext() as out:
-        journal = Journal(out)
-        here = machine.facts()
-        journal.write("machine", benchmark=benchmark, quick=args.quick, backbone=facts(backbone), **here)
+    with session.opened(args, benchmark, backbone=asdict(backbone)) as journal:
         print(backbone.describe())
-        print(f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads, load {here['load']}")
         for case in args.case:
             print(f"\n{case}", flush=True)
-            if args.wait and not measure.wait_until_quiet(args.wait):
-                print("  other processes keep the machine busy: times will be noisy")
+            session.wait(args.wait)
             try:
                 missed = cases[case](journal)
             except CheckFailed as error:
-                journal.write("check", case=case, green=False, error=str(error))
-                print(f"{case}: CHECK FAILED, no ratios: {error}", file=sys.stderr)
+                session.red(journal, error, case=case)
                 missed = True
             failed = failed or missed
-        journal.write("end", load=machine.load())
-        print(f"load now {machine.load()}")
     return int(failed)
 
 

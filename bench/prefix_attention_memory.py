@@ -9,30 +9,21 @@ first tenth of them.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from bench import machine, options
+from bench import options, session
 from bench.attention_baselines import ours
 from bench.attention_cases import Case
 from bench.attention_inputs import DTYPES, build
-from bench.measure import Journal
+from bench.memory import allocated, peak_growth, resident
 from fastprompt import dispatch
 from fastprompt.ops import prefix_attention
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop else
-_C = ctypes.CDLL(None)
 _GROWTH = 8 << 20  # bytes: what an allocator may keep more of after hours than after the first tenth
 _OF_PREFIX = 0.25  # of the prefixes' bytes: a copy of only one of keys and values would be 0.5
 _HEADS = ((8, 8), (8, 2), (12, 12), (16, 1))
@@ -65,19 +56,17 @@ class Reading:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench prefix-attention-memory`."""
-    parser.add_argument("--calls", type=int, default=100_000, help="calls of changing shapes (default: 100000)")
-    parser.add_argument("--impl", choices=dispatch.IMPLS, help="implementation to measure (default: the best here)")
-    options.add(parser, "threads", "out")
+    parser.add_argument(
+        "--calls", type=int, default=100_000, metavar="N", help="calls of changing shapes (default: 100000)"
+    )
+    options.add(parser, "impl", "threads", "out")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs both checks and prints what was measured; 1 where it was more than it may be."""
-    torch.set_num_threads(args.threads)
     impl = dispatch.choose("prefix_attention", args.impl, torch.device("cpu"), torch.float32)
     failed = 0
-    with args.out.open("a") if args.out else nullcontext() as out, torch.no_grad():
-        journal = Journal(out)
-        journal.write("machine", benchmark="prefix-attention-memory", impl=impl, **machine.facts())
+    with session.opened(args, "prefix-attention-memory", impl=impl) as journal, torch.no_grad():
         for reading in (*copies(impl), growth(impl, args.calls)):
             journal.write("memory", what=reading.what, bytes=reading.bytes, most=reading.most, met=reading.met)
             print(reading.describe(), flush=True)
@@ -114,33 +103,6 @@ def growth(impl: str, calls: int) -> Reading:
         if turn % first == 0:
             print(f"  {turn} calls, {resident() / 2**20:.1f} MiB, {time.perf_counter() - began:.0f} s", flush=True)
     return Reading(f"growth from call {first} to call {calls}", max(0, resident() - start), _GROWTH)
-
-
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_growth(call: Callable[[], Any]) -> int:
-    """By how many bytes the process grew at most while `call` ran."""
-    if hasattr(_C, "malloc_trim"):
-        _C.malloc_trim(0)  # memory that was kept to be used again would hide a copy
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    result = call()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    del result
-    peak = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
-    return max(0, peak - before)
-
-
-def allocated(call: Callable[[], Any]) -> int:
-    """Bytes that torch allocated in all while `call` ran, those it gave back too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    results: Any = profiler.profiler
-    return sum(max(0, e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]")
 
 
 class _Buffers:

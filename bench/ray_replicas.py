@@ -19,29 +19,27 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import fastprompt as fp
-from bench import machine, options
+from bench import options, session, tenants
 from bench.load_client import Traffic
 from bench.measure import CheckFailed, Journal
 from bench.outcome import VERDICTS, Target
-from fastprompt import demo
+from bench.tenants import NAME, TEXTS
 
-NAME = "embedded"
-TEXTS = ("Anna lives in", "The capital of", "Tom works as a", "Where does", "One cat, two", "The language of")
 TITLE = b"ray::ServeReplica:default:Replica"
-_METHODS = (fp.PrefixTuning(num_virtual_tokens=16, init_std=0.5), fp.PromptTuning(num_virtual_tokens=8))
+_METHODS = (tenants.PREFIX, fp.PromptTuning(num_virtual_tokens=8))
 _AFFINITY = Target(at_least=0.95)
 _NOTICED = 2.0  # seconds until fronts know of a replica that runs
+_STARTS = 5  # of Ray
 _MOMENT = 0.05  # seconds for what a killed process had sent to arrive
 _KILL_AT = 0.3  # share of a phase's requests that are answered when the replica is killed
 
@@ -83,10 +81,13 @@ class Phase:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench ray-replicas`."""
-    parser.add_argument("--requests", type=int, default=200, help="requests of a phase (default: 200)")
-    parser.add_argument("--tenants", type=int, default=40)
-    parser.add_argument("--clients", type=int, default=16, help="requests at a time (default: 16)")
-    parser.add_argument("--new", type=int, default=48, help="tokens of an answer (default: 48)")
+    for flag, default, about in (
+        ("--requests", 200, "requests of a phase"),
+        ("--tenants", 40, "prompts that are asked for"),
+        ("--clients", 16, "requests at a time"),
+        ("--new", 48, "tokens of an answer"),
+    ):
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default: {default})")
     options.add(parser, "quick", "out")
 
 
@@ -95,22 +96,18 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan(args.requests, args.tenants, args.clients, args.new)
     if args.quick:
         plan = Plan(80, 16, 8, 48, fronts=1)
-    with args.out.open("a") if args.out else nullcontext() as out, TemporaryDirectory() as folder:
-        journal = Journal(out)
-        journal.write("machine", benchmark="ray-replicas", quick=args.quick, plan=vars(plan), **machine.facts())
+    with session.opened(args, "ray-replicas", plan=vars(plan)) as journal, TemporaryDirectory() as folder:
         try:
-            phases = measure(plan, Path(folder))
+            phases = run_phases(plan, Path(folder))
         except CheckFailed as error:
-            journal.write("check", case="replicas", green=False, error=str(error))
-            print(f"CHECK FAILED: {error}", file=sys.stderr)
+            session.red(journal, error, case="replicas")
             return 1
         return int(_report(phases, journal, judge=not args.quick))
 
 
-def measure(plan: Plan, folder: Path) -> dict[str, Phase]:
+def run_phases(plan: Plan, folder: Path) -> dict[str, Phase]:
     """All phases, over a cluster of their own."""
-    tenants = save_tenants(folder, plan.tenants)
-    expected = answers(folder, tenants, plan.new)
+    expected = tenants.answers(folder, save_tenants(folder, plan.tenants), plan.new)
     with cluster(folder, plan) as url:
         phases = {"before": asyncio.run(ask_all(url, plan, expected))}
         busiest = phases["before"].busiest()
@@ -121,28 +118,8 @@ def measure(plan: Plan, folder: Path) -> dict[str, Phase]:
 
 
 def save_tenants(folder: Path, count: int) -> list[str]:
-    """Random prompts of two methods."""
-    model = fp.PromptedModel(demo.backbone())
-    names = [f"tenant-{i:04}" for i in range(count)]
-    for i, name in enumerate(names):
-        model.add_prompt(name, _METHODS[i % len(_METHODS)], seed=i)
-        model.save_prompt(name, folder / name)
-        model.remove_prompt(name)
-    return names
-
-
-def answers(folder: Path, tenants: Sequence[str], new: int) -> dict[tuple[str, str], str]:
-    """What `PromptedModel.generate` says to every text under every prompt."""
-    tokenizer, model = demo.tokenizer(), fp.PromptedModel(demo.backbone())
-    batch = tokenizer(list(TEXTS), return_tensors="pt", padding=True, padding_side="left")
-    found = {}
-    for name in tenants:
-        model.load_prompt(name, folder / name)
-        out = model.generate(**batch, prompts=name, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        model.remove_prompt(name)
-        made = tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-        found |= {(name, text): answer for text, answer in zip(TEXTS, made, strict=True)}
-    return found
+    """Prompts of two methods; their names."""
+    return tenants.save(folder, count, _METHODS)
 
 
 @contextmanager
@@ -153,8 +130,8 @@ def cluster(folder: Path, plan: Plan) -> Iterator[str]:
 
     from fastprompt.integrations.ray import build_app
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
+        _start_ray()
         port = _free_port()
         serve.start(http_options={"port": port})
         small = {"max_model_len": 256, "bank_bytes": "64M", "num_fronts": plan.fronts}
@@ -163,6 +140,20 @@ def cluster(folder: Path, plan: Plan) -> Iterator[str]:
         serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def _start_ray() -> None:
+    """Ray gives a node half a minute to start, which a busy machine may not keep."""
+    import ray
+
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+            return
+        except Exception:
+            ray.shutdown()
+            if not left:
+                raise
 
 
 async def ask_all(url: str, plan: Plan, expected: Mapping[tuple[str, str], str], victim: str | None = None) -> Phase:

@@ -11,15 +11,12 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import count, cycle
 from pathlib import Path
 
-import torch
-
-from bench import machine, measure, options
-from bench.measure import Contestant, Journal, Spread
+from bench import measure, options, session
+from bench.measure import Contestant, Spread
 from fastprompt import PromptedModel, demo
 from fastprompt.prompt_format import prompt_files
 from fastprompt.prompts import PrefixTuning
@@ -33,21 +30,20 @@ _LINKS = 10_000  # names a file is linked to before a fresh one is written: file
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench registered-prompts`."""
-    parser.add_argument("--names", type=int, nargs=2, default=(10, 100_000), help="the two registries' sizes")
+    parser.add_argument(
+        "--names", type=int, nargs=2, default=(10, 100_000), metavar="N", help="the two registries' sizes"
+    )
     parser.add_argument("--calls", type=int, default=2000, help="leases in a round (default: 2000)")
     options.add(parser, "out", rounds=21)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was measured; 0, since nothing is judged."""
-    torch.set_num_threads(1)
     backbone = PromptedModel(demo.backbone())._info
     shape = backbone.spec
     stored = [prompt_files(PrefixTuning(num_virtual_tokens=16).build(shape, seed=i)) for i in range(_RESIDENT + 1)]
     residencies: dict[str, Residency] = {}
-    with args.out.open("a") if args.out else nullcontext() as out, tempfile.TemporaryDirectory() as folder:
-        journal = Journal(out)
-        journal.write("machine", benchmark="registered-prompts", **machine.facts())
+    with session.opened(args, "registered-prompts") as journal, tempfile.TemporaryDirectory() as folder:
         for size in args.names:
             root = Path(folder, str(size))
             _fill(root, size, stored)

@@ -50,9 +50,9 @@ class Run:
 
 
 def read(path: Path) -> list[Run]:
-    """The runs of a file; a last line that a kill cut off is left out."""
+    """The runs of a file."""
     found: list[Run] = []
-    for line in _lines(path):
+    for line in lines(path):
         if line.get("kind") == "machine":
             found.append(Run(path, line))
         elif found:
@@ -72,7 +72,8 @@ def latest(runs: Iterable[Run], benchmark: str, kind: tuple[Any, ...] | None = N
     return max(fit, key=lambda run: str(run.machine["time"]), default=None)
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def lines(path: Path) -> Iterator[Line]:
+    """The lines of a file; one that a kill cut off is left out."""
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(text)

@@ -20,17 +20,15 @@ import torch
 
 import fastprompt as fp
 from bench import measure, outcome
-from bench.backbones import LlamaSize, llama, random_text, twin
+from bench.backbones import INIT_STD, LlamaSize, greedy, llama, random_text, twin
 from bench.measure import Agreement, Contestant, Journal
-from bench.outcome import Outcome, Target
+from bench.outcome import NOISE, Outcome, Target
 from fastprompt.integrations.transformers.probe import inspect_backbone
 from fastprompt.serving.build import EngineOptions, build_engine
 from fastprompt.serving.engine import Engine
 from fastprompt.serving.request import Generation, SamplingParams
 from fastprompt.serving.runner import PackedRunner
 
-NOISE = 1.02  # a ratio to this is "the same time" even where the machine's own noise is smaller
-_INIT_STD = 0.5  # of random prefixes: about the size of the backbone's own keys and values
 _VIRTUAL = 16
 _BLOCK = 16  # tokens
 
@@ -65,11 +63,11 @@ def generate_case(name: str, size: Size, rounds: int, at_least: float) -> Outcom
         prompted = fp.PromptedModel(twin(bare))
         for prompt in names:
             prompted.load_prompt(prompt, Path(folder) / prompt)
-        mixed.check(prompted.generate(**text, prompts=rows, **_greedy(size.new))[:, size.text :])
+        mixed.check(prompted.generate(**text, prompts=rows, **greedy(size.new))[:, size.text :])
         engine = build_engine(twin(bare), folder, EngineOptions(max_model_len=256))
         contestants = {
             "generate, no prompts": Contestant(
-                lambda: bare.generate(**text, **_greedy(size.new))[:, size.text :], plain.check
+                lambda: bare.generate(**text, **greedy(size.new))[:, size.text :], plain.check
             ),
             f"engine, {size.prompts} prompts": Contestant(lambda: _answers(engine, text, rows, size.new), mixed.check),
             "engine, no prompts": Contestant(lambda: _answers(engine, text, [None] * size.rows, size.new), plain.check),
@@ -172,15 +170,11 @@ def run(args: argparse.Namespace) -> int:
     return outcome.run_cases("serving-engine", (size or LARGE).backbone, cases, args)
 
 
-def _greedy(new: int) -> dict[str, object]:
-    return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-
-
 def _save_prompts(bare: torch.nn.Module, folder: Path, count: int) -> list[str]:
     model = fp.PromptedModel(twin(bare))  # type: ignore[arg-type]
     names = [f"prompt-{i}" for i in range(count)]
     for i, name in enumerate(names):
-        model.add_prompt(name, fp.PrefixTuning(num_virtual_tokens=_VIRTUAL, init_std=_INIT_STD), seed=i)
+        model.add_prompt(name, fp.PrefixTuning(num_virtual_tokens=_VIRTUAL, init_std=INIT_STD), seed=i)
         model.save_prompt(name, folder / name)
     return names
 

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 
-import torch
-
 from bench import attention_baselines as baselines
-from bench import attention_run, bank_law, laws, machine, micro, options
+from bench import attention_run, bank_law, laws, micro, options
 from bench import op_report as report
 from bench.attention_cases import Case
 from bench.attention_inputs import DTYPES, build
 from bench.laws import LAWS, REGION, Fit, Law
 from bench.measure import Journal
-from bench.op_run import OURS, Outcome, Settings, spread
-from bench.prefix_attention_memory import allocated
-from fastprompt import dispatch
+from bench.memory import allocated
+from bench.op_run import OURS, OpOutcome, Settings, spread
 
 _REGION = "region"
 _BANK = "prompts in the bank"
@@ -30,25 +26,19 @@ NAMES = (*(law.name for law in LAWS), _BANK, _REGION)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench sweep`."""
-    parser.add_argument("--law", nargs="+", choices=NAMES, default=list(NAMES), help="which laws (default: all)")
+    options.choice(parser, "--law", NAMES, "which laws")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the tensors (default: fp32)")
-    parser.add_argument("--impl", choices=dispatch.IMPLS, help="implementation to measure (default: the best here)")
-    parser.set_defaults(buffers=None)
-    options.add(parser, "quick", "threads", "wait", "out", rounds=7)
+    options.add(parser, "impl", "quick", "threads", "wait", "out", rounds=7)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures the points and prints the exponents; 1 where a check was red."""
-    torch.set_num_threads(args.threads)
-    with args.out.open("a") if args.out else nullcontext() as out, torch.no_grad():
-        journal = Journal(out)
-        settings = micro.setting(args, "sweep", [args.dtype], journal)
+    with micro.opened(args, "sweep", [args.dtype]) as (settings, journal):
         whole = all([_law(law, args, settings, journal) for law in LAWS if law.name in args.law])
         if _BANK in args.law:
             _bank(settings, journal)
         if _REGION in args.law:
             whole = _region(args, settings, journal) and whole
-        journal.write("end", load=machine.load())
     return int(not whole)
 
 
@@ -103,7 +93,7 @@ def _region(args: argparse.Namespace, settings: Settings, journal: Journal) -> b
     return True
 
 
-def _allocated(case: Case, dtype: str, outcome: Outcome, settings: Settings) -> dict[str, int]:
+def _allocated(case: Case, dtype: str, outcome: OpOutcome, settings: Settings) -> dict[str, int]:
     """Bytes that torch allocates in one call, its result among them."""
     inputs = build(case, dtype)
     forms = {form.about: form for form in baselines.forms(case, inputs.mask, inputs.q.dtype)}

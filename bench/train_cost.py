@@ -19,8 +19,8 @@ import torch
 from bench import measure, outcome
 from bench.backbones import LlamaSize, llama
 from bench.measure import Journal, Spread
+from bench.memory import peak_growth
 from bench.outcome import VERDICTS, Outcome, Target
-from bench.prefix_attention_memory import peak_growth
 from bench.train_steps import CONFIGS, Checks, Step, Work, bare, fastprompt_model, ours, peft_models, theirs
 
 STEP = {"prompt tuning": 1.08, "p-tuning": 1.08, "prefix tuning": 1.01}  # of the bare backbone's step, at most

@@ -17,44 +17,21 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-import fastprompt as fp
-from bench import measure, outcome
-from bench.backbones import LlamaSize, llama
+from bench import measure, memory, outcome
+from bench.backbones import LlamaSize
 from bench.measure import Agreement, CheckFailed, Contestant, Journal, Spread
 from bench.outcome import Outcome, Target
-from fastprompt.integrations.vllm import PrefixStore, PromptedInputs, transfer_config
-from fastprompt.integrations.vllm.export import Compiler, prepare_store, store_prefix
+from bench.vllm_setting import PAGE, Setting, Size, setting
+from fastprompt.integrations.vllm import PromptedInputs
 from fastprompt.integrations.vllm.loads import Load
-from fastprompt.integrations.vllm.store import Entry
 
-PAGE = 32  # tokens
-_INIT_STD = 0.5  # of random prefixes: about the size of the backbone's own keys and values
 _CHECKED = 32  # requests of the stream whose answers are looked at
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a case is; `cache` is for vLLM's pages, in bytes."""
-
-    backbone: LlamaSize
-    lengths: tuple[int, ...] = (64,)
-    prompts: int = 8
-    rows: int = 32
-    text: int = 33
-    new: int = 32
-    rounds: int = 9
-    cache: int = 512 << 20
-    requests: int = 0
-
 
 LARGE = LlamaSize(8, 1024, 16, 4, 2816)
 SMALL = LlamaSize(4, 256, 4, 2, 704)
@@ -63,69 +40,6 @@ TAILS = Size(LARGE, lengths=(20, 50, 100))
 ZIPF = Size(SMALL, lengths=(16, 32, 64), prompts=2000, rows=500, text=16, new=8, cache=64 << 20, requests=20_000)
 TINY = LlamaSize(2, 64, 2, 1, 128, 200)
 QUICK = Size(TINY, prompts=3, rows=4, text=5, new=3, rounds=2, cache=4 << 20, requests=40)
-
-
-@dataclass
-class Setting:
-    """A backbone on disk, a store of random prefixes over it, and the model that they can be checked with."""
-
-    size: Size
-    model: fp.PromptedModel
-    backbone: Path
-    store: PrefixStore
-    names: list[str]
-
-    def engine(self, prompted: bool) -> Any:
-        """vLLM over the backbone, with the connector or without."""
-        from vllm import LLM
-
-        connector = {"kv_transfer_config": transfer_config(self.store.folder)} if prompted else {}
-        return LLM(
-            model=str(self.backbone),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_model_len=512,
-            max_num_seqs=64,
-            block_size=PAGE,
-            kv_cache_memory_bytes=self.size.cache,
-            **connector,
-        )
-
-    def expected(self, name: str, text: list[int]) -> list[int]:
-        """What the model says under a prompt, read from its prefix in the store."""
-        mapped = self.store.map(self.store.current(name).digest)
-        prefix = torch.cat([t.permute(1, 0, 2, 3).flatten(1) for t in _interleaved(mapped.keys, mapped.values)], 1)
-        config = fp.PrefixTuning(num_virtual_tokens=mapped.length)
-        self.model.add_prompt("checked", config.restore(self.model._info.spec, prefix))
-        ids = torch.tensor([text])
-        with torch.no_grad():
-            out = self.model.generate(ids, prompts="checked", max_new_tokens=self.size.new, do_sample=False)
-        self.model.remove_prompt("checked")
-        answer: list[int] = out[0, len(text) :].tolist()
-        return answer
-
-
-def _interleaved(keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-    """Keys and values `[1, P, Hkv, D]` of layer after layer."""
-    return [side[i : i + 1] for i in range(keys.shape[0]) for side in (keys, values)]
-
-
-@contextmanager
-def setting(size: Size) -> Iterator[Setting]:
-    """A setting of random weights in a folder of its own; its prompts' lengths take turns."""
-    model = fp.PromptedModel(llama(size.backbone))
-    with TemporaryDirectory() as folder:
-        backbone, store = Path(folder, "backbone"), PrefixStore(Path(folder, "store"))
-        model.backbone.save_pretrained(backbone)
-        prepare_store(store, str(backbone), Compiler(lambda: model.backbone))
-        names = [f"p{i:05}" for i in range(size.prompts)]
-        for i, name in enumerate(names):
-            length = size.lengths[i % len(size.lengths)]
-            built = fp.PrefixTuning(num_virtual_tokens=length, init_std=_INIT_STD).build(model._info.spec, seed=i)
-            with torch.no_grad():
-                digest = store_prefix(store, built())
-            store.set_name(name, Entry(digest, length, str(i), "prefix_tuning", "prefix", 0, None, 0.0))
-        yield Setting(size, model, backbone, store, names)
 
 
 def against_plain(name: str, size: Size, rounds: int, target: float | None) -> Outcome:
@@ -169,7 +83,7 @@ def against_plain(name: str, size: Size, rounds: int, target: float | None) -> O
             "vLLM, no prompts": Contestant(run_plain, _ignore),
             "vLLM with prompts": Contestant(run_ours, _ignore),
         }
-        samples = measure.interleave(contestants, rounds)
+        samples = measure.interleave(contestants, rounds, crowded=True)
         state._KV_CONNECTOR_AGENT = None  # the next case makes its own
     base, mine = contestants
     goal = None if target is None else Target(at_least=target)
@@ -186,11 +100,11 @@ def zipf_case(size: Size, journal: Journal) -> bool:
         draw = random.Random(0)
         drawn = draw.choices(made.names, [1 / (i + 1) for i in range(size.prompts)], k=size.requests)
         texts = [_tokens(draw, size, size.text) for _ in drawn]
-        memory, begin, checked = [], time.perf_counter(), 0
+        held, begin, checked = [], time.perf_counter(), 0
         for first in range(0, size.requests, size.rows):
             rows = range(first, min(first + size.rows, size.requests))
             said = _answers(llm, [inputs(drawn[i], texts[i]) for i in rows], size)
-            memory.append(_memory())
+            held.append(memory.status("RssAnon", "RssFile"))
             if first == 0 or checked < _CHECKED:
                 if said[0].tolist() != made.expected(drawn[first], texts[first]):
                     raise CheckFailed(
@@ -213,10 +127,10 @@ def zipf_case(size: Size, journal: Journal) -> bool:
             "answers checked": checked,
         }
         cold, hot = _load_times(made, llm, writer)
-    quarter = len(memory) // 4
-    anonymous = [m["RssAnon"] for m in memory]
+    quarter = len(held) // 4
+    anonymous = [m["RssAnon"] for m in held]
     growth = max(anonymous[-quarter:]) / max(anonymous[quarter : 2 * quarter]) if quarter else 1.0
-    journal.write("zipf", case="zipf", **facts, memory=memory, growth=growth, cold_load=vars(cold), hot_load=vars(hot))
+    journal.write("zipf", case="zipf", **facts, memory=held, growth=growth, cold_load=vars(cold), hot_load=vars(hot))
     for what, value in facts.items():
         print(f"  {what:34} {value:12,.3f}" if isinstance(value, float) else f"  {what:34} {value:12,}")
     print(f"  first load of a prompt: {cold.median * 1e3:.2f} ms [{cold.p20 * 1e3:.2f}, {cold.p80 * 1e3:.2f}]")
@@ -241,13 +155,6 @@ def _load_times(made: Setting, llm: Any, writer: Any, count: int = 200) -> tuple
             taken.append(time.perf_counter() - begin)
     llm.reset_prefix_cache()
     return Spread.of(seconds[0]), Spread.of(seconds[1])
-
-
-def _memory() -> dict[str, int]:
-    """Bytes of this process in memory: its own, and of files that are mapped."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = (line.split() for line in lines if line.startswith(("RssAnon", "RssFile")))
-    return {name.rstrip(":"): int(kib) << 10 for name, kib, _ in found}
 
 
 def _tokens(draw: random.Random, size: Size, count: int) -> list[int]:

@@ -48,15 +48,24 @@ def run(args: argparse.Namespace) -> int:
     with args.out.open("a") if args.out else nullcontext() as out:
         lines = Run(args, out).all()
     print(f"\n{report.table(lines)}")
-    for path in plots.draw(lines, args.out.with_suffix("")) if args.out else ():
-        print(f"drawn: {path}")
-    tables = [line["table"] for line in lines if line["kind"] == "table"]
-    if tables and args.out:
-        path = args.out.with_suffix(".costs.json")
+    if args.out:
+        _leave_beside(args.out, lines)
+    return int(report.failed(lines))
+
+
+def _leave_beside(out: Path, lines: list[dict[str, Any]]) -> None:
+    """The cost tables of a run with the last one that it measured, and pictures; these may fail."""
+    tables = [line["table"] for line in lines if line["kind"] == "table"][-1:]
+    if tables:
+        path = out.with_suffix(".costs.json")
         usual = json.loads((checkout.ROOT / "fastprompt" / "costs.json").read_text())
         path.write_text(json.dumps({"tables": tables + usual["tables"]}, indent=2) + "\n")
         print(f"cost tables, for FASTPROMPT_COSTS: {path}")
-    return int(report.failed(lines))
+    try:
+        for path in plots.draw(lines, out.with_suffix("")):
+            print(f"drawn: {path}")
+    except Exception as error:
+        print(f"no pictures: {error!r}")
 
 
 class Run:
@@ -86,14 +95,13 @@ class Run:
         units: list[str] = []
         try:
             units = list(part.units(setting))
-        except Exception as error:  # a library that a part stands on is missing: the part fails, the others go on
+            if seconds:
+                runner.drive(part, units, setting, seconds, self._tell, self._memory)
+        except Exception as error:  # a library that it stands on is missing, say: the part fails, the others go on
             self._write("unit", part=part.name, unit="all of it", state=records.ERROR, seconds=0.0, detail=repr(error))
-        if seconds:
-            runner.drive(part, units, setting, seconds, self._tell, self._memory)
-        else:
-            for unit in units:
-                detail = "no time was left for its part"
-                self._write("unit", part=part.name, unit=unit, state=records.NOT_RUN, seconds=0.0, detail=detail)
+        for unit in () if seconds else units:
+            detail = "no time was left for its part"
+            self._write("unit", part=part.name, unit=unit, state=records.NOT_RUN, seconds=0.0, detail=detail)
         taken = round(self._budget.used() - begun, 1)
         states = {x["state"] for x in self._lines if x["kind"] == "unit" and x["part"] == part.name}
         self._write("part", part=part.name, state=records.together(states), seconds=taken, units=len(units))

@@ -6,6 +6,7 @@ FASTPROMPT_COSTS, and the entry added to the package's own file.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, combinations
@@ -52,16 +53,23 @@ def units(setting: Setting) -> Sequence[str]:
 
 
 def run(unit: str, setting: Setting, emit: Emit) -> None:
-    """Measures the paths that run here and writes the table; those that do not keep what is counted."""
-    points = []
-    for shape in QUICK if setting.quick else SHAPES:
-        for point in measured(shape, setting):
-            points.append(point)
-            emit("cost", path=point.path, shape=asdict(shape), work=asdict(point.work), seconds=point.seconds)
+    """Measures the paths that run here and writes the table; those that do not keep what is counted.
+
+    Once there are enough shapes for one, a table after each, should there be no time for the rest; the last one counts.
+    """
     rate = setting.rates.get("memory")
     if rate is None:
-        return emit("note", text="the copy rate was not measured, so there is no table")
-    emit("table", table=entry(points, rate, facts(setting.device)["name"], setting))
+        emit("note", text="the copy rate was not measured, so there is no table")
+    points: list[Point] = []
+    shapes = QUICK if setting.quick else SHAPES
+    for shape in shapes:
+        found = measured(shape, setting)
+        points += found
+        for point in found:
+            emit("cost", path=point.path, shape=asdict(shape), work=asdict(point.work), seconds=point.seconds)
+        fewest = min(Counter(point.path for point in points).values())
+        if rate is not None and (shape is shapes[-1] or fewest > len(_KINDS)):
+            emit("table", table=entry(points, rate, facts(setting.device)["name"], setting))
 
 
 def measured(shape: Decode, setting: Setting) -> list[Point]:
@@ -70,11 +78,14 @@ def measured(shape: Decode, setting: Setting) -> list[Point]:
     inputs = build(case, micro.DTYPE, device=setting.device)
     right = truth(case, inputs)
     ready, works, entries = {}, {}, {}
-    sets = [inputs, *(inputs.copy() for _ in range(timing.set_count(shape.work(False).unique, setting.device) - 1))]
+    sets = [
+        inputs,
+        *(inputs.copy() for _ in range(timing.set_count(shape.work("single", False).unique, setting.device) - 1)),
+    ]
     make = timing.graph if setting.on_gpu else timing.eager
     for path, (impl, share) in paths(shape, setting).items():
         entries[path] = contestants.over_pages(case, impl, share)
-        works[path] = shape.work(share and shares(shape))
+        works[path] = shape.work(path, share and shares(shape))
         ready[path] = make([entries[path].build(x) for x in sets], setting.device, 1e-5 if setting.quick else 1e-3)
     samples = timing.interleave(ready, 2 if setting.quick else _ROUNDS, setting.device)
     for path, entered in entries.items():

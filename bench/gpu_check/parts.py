@@ -34,12 +34,12 @@ class Part:
 
 
 PARTS = (
-    Part("ceilings", "ceilings", "what the GPU can do: bytes copied and products made a second", 25),
-    Part("build", "extension", "the CUDA kernels compiled, where nvcc is", 60, 1, 240),
+    Part("ceilings", "ceilings", "what the GPU can do: bytes copied and products made a second", 40),
+    Part("build", "extension", "the CUDA kernels compiled, where nvcc is", 180, 1, 240),
     Part("numerics", "numerics", "every op against float64, poisoned outputs, the same bits every time", 150, 8),
     Part("graphs", "graphs", "torch.compile, CUDA graphs, streams, devices, memory", 60, 4),
     Part("micro", "micro", "attention against its peers, with targets", 170),
-    Part("costs", "cost_table", "the cost table of decoding, by which the ops choose", 30),
+    Part("costs", "cost_table", "the cost table of decoding, by which the ops choose", 45),
     Part("end-to-end", "end_to_end", "the model against PEFT and the bare backbone", 160),
     Part("sanitizer", "sanitizer", "compute-sanitizer's memcheck and racecheck on small calls", 90, 2, 200),
 )

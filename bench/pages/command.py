@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.checkout import ROOT
-from bench.pages import costs, quality, speed, training, vllm
+from bench.pages import costs, quality, serving, speed, training, vllm
 from bench.pages.results import Table
 
-TABLES = {**speed.TABLES, **costs.TABLES, **quality.TABLES, **training.TABLES, **vllm.TABLES}
-VALUES = {**speed.VALUES, **costs.VALUES, **quality.VALUES}
+TABLES = {**speed.TABLES, **costs.TABLES, **training.TABLES, **serving.TABLES, **vllm.TABLES, **quality.TABLES}
+VALUES = {**speed.VALUES, **costs.VALUES, **serving.VALUES, **quality.VALUES}
 
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)  # what stands there shows a mark and is none
 _TABLE = re.compile(r"(<!-- results: (\S+) -->\n\n)((?:\|.*\n)*)")

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.laws import exponent
 from bench.op_run import OURS
-from bench.pages.results import Table, Tables, Values, bracketed, record, records
+from bench.pages.results import Table, Tables, Values, bracketed, over, record, records
 
 MICRO = "micro-cpu.jsonl"
 E2E = "e2e-cpu.jsonl"
@@ -67,7 +67,7 @@ def laws() -> Table:
 
 def region(baseline: str, pick: Callable[[list[float]], float], **which: Any) -> Callable[[], str]:
     """One of the region's ratios baseline / ours at the points that `_points` gives."""
-    return lambda: f"{pick([_over(point, baseline) for point in _points(**which)]):.2f}"
+    return lambda: f"{pick([over(point, baseline) for point in _points(**which)]):.2f}"
 
 
 def region_lost() -> str:
@@ -80,11 +80,6 @@ def _points(together: bool | None = None, least: int = 0) -> list[dict[str, Any]
     """Points of the region from so many virtual tokens on; those where rows read `together`, or those where not."""
     points = [p for p in records(SWEEP, law="region") if p["x"] >= least]
     return [p for p in points if together is None or together == (p["x"] * (p["y"] - 1) >= _WORTH * p["y"])]
-
-
-def _over(point: dict[str, Any], baseline: str) -> float:
-    value: float = next(r["wall"]["median"] for r in point["ratios"] if r["over"] == baseline)
-    return value
 
 
 def _ratio(ratio: dict[str, Any]) -> str:

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable
 from functools import cache
 
-from bench.pages.results import RESULTS, Table, Tables, Values, record
+from bench.pages.results import Table, Tables, Values, record
 from bench.quality import facts_part, report
 from bench.quality.ledger import Ledger, Result
+from bench.runs import RESULTS
 from fastprompt import demo
 
 SEARCH = "quality-search-cpu.jsonl"
@@ -210,4 +211,6 @@ VALUES: Values = {
     "snips.before": before(0.3),
     "facts.country.end": at_the_end("country"),
     "facts.above-hand-written": above("facts", "hand_written"),
+    "clinc150.above-full": above("clinc150", "full"),
+    "snips.above-full": above("snips", "full"),
 }

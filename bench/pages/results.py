@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from bench import runs
+from bench.runs import RESULTS
+
+MIB = 2**20
 
 Table = Sequence[Sequence[str]]  # the header, then rows
 Tables = Mapping[str, Callable[[], Table]]
@@ -18,7 +19,7 @@ Values = Mapping[str, Callable[[], str]]
 @cache
 def lines(file: str) -> list[dict[str, Any]]:
     """Every line of a results file."""
-    return [json.loads(line) for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()]
+    return list(runs.lines(RESULTS / file))
 
 
 def records(file: str, **want: Any) -> list[dict[str, Any]]:
@@ -41,6 +42,12 @@ def ratio(file: str, case: str, over: str, under: str, clock: str = "wall") -> d
     """The spread of a ratio of times: median, p20, p80."""
     spread: dict[str, float] = record(file, kind="ratio", case=case, over=over, under=under)[clock]
     return spread
+
+
+def over(case: Mapping[str, Any], baseline: str) -> float:
+    """How many times as long as ours a baseline takes, of a case or point."""
+    median: float = next(r["wall"]["median"] for r in case["ratios"] if r["over"] == baseline)
+    return median
 
 
 def bracketed(spread: Mapping[str, float], form: str = ".3f") -> str:

@@ -1,4 +1,4 @@
-"""What the pages say about speed and memory."""
+"""What the pages say about the whole model and about attention."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.attention_cases import BASELINES
-from bench.pages.results import Table, Tables, Values, bracketed, goal, ratio, record, records
+from bench.pages.results import MIB, Table, Tables, Values, bracketed, over, ratio, record, records
 
 MAIN_JOB = "main-job-cpu.jsonl"
 ATTENTION = "prefix-attention-cpu.jsonl"
 GRID = "prefix-attention-grid-cpu.jsonl"
 MEMORY = "prefix-attention-memory-cpu.jsonl"
 CHOSEN = "chosen-layers-cpu.jsonl"
-ENGINE = "serving-engine-cpu.jsonl"
-LOAD = "serving-load-cpu.jsonl"
-RAY = "ray-cpu.jsonl"
-REGISTRY = "registered-prompts-cpu.jsonl"
-STORAGE = "bank-storage-cpu.jsonl"
-_MIB = 2**20
+LAUNCH = "launch-cost-cpu.jsonl"
 _FORWARD = "forward of 8 x 128 tokens"
+_PREFILL = "prefill B8 prompts1 P64 N128 12/12 D64 causal"
 _OP_CASES = {
-    "prefill, 8 rows x 128 tokens, one prompt of 64": "prefill B8 prompts1 P64 N128 12/12 D64 causal",
+    "prefill, 8 rows x 128 tokens, one prompt of 64": _PREFILL,
     "decoding, 32 rows of 4 prompts of 512": "decode B32 prompts4 P512 S512 16/16 D64",
 }
 _WAYS = {
@@ -91,151 +87,40 @@ def chosen_layers() -> Table:
     rows = []
     for name in ("all layers", "top quarter"):
         seconds = record(CHOSEN, kind="time", name=name)["cpu"]["median"]
-        growth = record(CHOSEN, kind="memory", name=name)["bytes"] / _MIB
+        growth = record(CHOSEN, kind="memory", name=name)["bytes"] / MIB
         beside = f": {share:.3f}x (target {goal})" if name == "top quarter" else ""
         rows.append([name, f"{seconds:.2f} s{beside}", f"{growth:,.0f} MiB"])
     return [["", "backward, CPU time", "growth of the process in one forward and backward"], *rows]
 
 
-def engine() -> Table:
-    """The serving engine against generate."""
-    names = {
-        "generate, no prompts": "`generate`, no prompts",
-        "100000 prompts": "100,000 prompts",
-        "10 prompts, again": "10 prompts, again",
-    }
-    noise = {"10 prompts, again": " (the noise)"}
-    rows = [
-        [
-            r["case"],
-            f"{names[r['over']]} / {r['under']}{noise.get(r['over'], '')}",
-            bracketed(r["wall"]),
-            goal(r["target"]),
-        ]
-        for r in records(ENGINE, kind="ratio")
-    ]
-    return [["case", "ratio of times", "", "target"], *rows]
-
-
-def load() -> Table:
-    """Requests of every kind that the server under load answered."""
-    rows = []
-    for kind, name in (("prompts", "prompts"), ("no prompts", "no prompts"), ("peft", "PEFT")):
-        r = record(LOAD, kind="load", kind_of_request=kind)
-        tenants = "" if kind == "no prompts" else f" of {r['distinct']} tenants"
-        waits = f"{1e3 * r['first_token_p50']:,.0f} ms, {1e3 * r['first_token_p99']:,.0f} ms"
-        rate = f"{r['tokens_per_second']['median']:,.0f}"
-        rows.append([name, f"{r['requests']:,}{tenants}", str(r["errors"]), rate, waits])
-    return [["requests", "answered", "failed", "tokens a second", "first token, median and 99th percentile"], *rows]
-
-
-def load_ratios() -> Table:
-    """What the server under load is judged by."""
-    shown = {
-        "prompts / no prompts": ("throughput, prompts / no prompts", ".3f"),
-        "prompts / peft": ("throughput, prompts / PEFT", ".2f"),
-        "memory, second half / first": ("memory, second half / first, after the first quarter", ".3f"),
-    }
-    rows = []
-    for r in records(LOAD, kind="ratio"):
-        what, form = shown[r["what"]]
-        rows.append([what, bracketed(r["value"], form), goal(r["target"])])
-    return [["ratio, by slices", "", "target"], *rows]
-
-
-def replicas() -> Table:
-    """Requests through two fronts while a replica is killed."""
-    phases = {
-        "before": "before",
-        "kill": "the busier replica gets kill -9 in the midst",
-        "after": "after, two replicas again",
-    }
-    rows = []
-    for phase, name in phases.items():
-        r = record(RAY, kind="replicas", phase=phase)
-        counts = [str(r[key]) for key in ("failed", "wrong", "resumed")]
-        rows.append([name, f"{r['requests']} of {r['tenants']} tenants", *counts, f"{100 * r['affinity']:g}%"])
-    head = ["phase", "requests", "failed", "wrong", "streams that another replica went on with"]
-    return [[*head, "at their tenant's replica"], *rows]
-
-
-def registry() -> Table:
-    """What a registry's calls cost with 10 and with 100,000 names."""
-    calls = {
-        "opening the registry": "open",
-        "`refresh()` after a change": "refresh, the folder changed",
-        "`refresh()`, nothing changed": "refresh, nothing changed",
-        "a page of 100 names": "a page of 100 names",
-        "`current(name)`, first time": "current, first time",
-        "`current(name)`, again": "current, again",
-    }
-    rows = [[shown, *(_seconds(_median(what, n)) for n in (10, 100_000))] for shown, what in calls.items()]
-    lease = [record(REGISTRY, kind="time", case="lease", name=name)["wall"]["median"] for name in ("10", "100000")]
-    rows.append(["lease of a resident prompt, taken and given back", *map(_seconds, lease)])
-    return [["", "N = 10", "N = 100,000"], *rows]
-
-
-def _median(what: str, names: int) -> float:
-    median: float = record(REGISTRY, kind="seconds", what=what, names=names)["median"]
-    return median
-
-
-def _seconds(value: float) -> str:
-    """In microseconds or milliseconds, to a tenth below 20."""
-    number, unit = (1e6 * value, "us") if value < 1e-3 else (1e3 * value, "ms")
-    return f"{number:.1f} {unit}" if number < 20 else f"{number:,.0f} {unit}"
-
-
-def _load_ratio(what: str, form: str) -> Callable[[], str]:
-    return lambda: f"{record(LOAD, kind='ratio', what=what)['value']['median']:{form}}"
-
-
-def _engine_ratio(case: str) -> Callable[[], str]:
-    return lambda: f"{ratio(ENGINE, case, 'generate, no prompts', 'engine, 7 prompts')['median']:.2f}"
+def _prefills(dtype: str) -> list[dict[str, Any]]:
+    """The three runs' lines of causal prefill 8 x 128."""
+    files = (ATTENTION, "prefix-attention-cpu-run2.jsonl", "prefix-attention-cpu-run3.jsonl")
+    return [record(file, kind="case", case=_PREFILL, dtype=dtype) for file in files]
 
 
 def _prefill(dtype: str, pick: Callable[[Sequence[float]], float]) -> Callable[[], str]:
-    """Of the three runs' ratios of causal prefill 8 x 128 over concatenated keys."""
-
-    def found() -> str:
-        case = "prefill B8 prompts1 P64 N128 12/12 D64 causal"
-        files = (ATTENTION, "prefix-attention-cpu-run2.jsonl", "prefix-attention-cpu-run3.jsonl")
-        runs = [record(file, kind="case", case=case, dtype=dtype) for file in files]
-        return f"{pick([_over(run, 'concatenated') for run in runs]):.2f}"
-
-    return found
+    """Of the three runs' ratios of that case over concatenated keys."""
+    return lambda: f"{pick([over(run, 'concatenated') for run in _prefills(dtype)]):.2f}"
 
 
-def storage() -> Table:
-    """What 8-bit copies of prompts do to the logits."""
-    rows = {
-        "instructions, random texts": "the tasks' instructions, compiled; random tokens",
-        "instructions, their inputs": "the same; the tasks' own inputs",
-        "normal, random texts": "standard normal keys and values; random tokens",
-    }
-    kinds = ("int8", "fp8")
-    found = {
-        (name, kind): record(STORAGE, kind="rounding", prompts=name, storage=kind) for name in rows for kind in kinds
-    }
-    table = [["prompts and texts", *kinds]]
-    for name, shown in rows.items():
-        cells = (found[name, kind] for kind in kinds)
-        table.append([shown, *(f"{cell['error']:.1%}, {cell['same']:.1%}" for cell in cells)])
-    return table
+def _apart() -> str:
+    """How far our times of that case in the three runs are apart, in the dtype in which it is more."""
+    times = [[run["times"]["ours"]["wall"]["median"] for run in _prefills(dtype)] for dtype in ("fp32", "bf16")]
+    return f"{max(max(each) / min(each) for each in times) - 1:.0%}"
 
 
-def _over(case: dict[str, Any], baseline: str) -> float:
-    value: float = next(r["wall"]["median"] for r in case["ratios"] if r["over"] == baseline)
-    return value
+def _launch(way: str) -> Callable[[], str]:
+    return lambda: f"{1e6 * record(LAUNCH, kind='time', name=way)['cpu']['median']:.1f} us"
 
 
 def _grid_reference() -> str:
-    return f"{min(_over(case, 'reference') for case in records(GRID, kind='case')):.2f}"
+    return f"{min(over(case, 'reference') for case in records(GRID, kind='case')):.2f}"
 
 
 def _most_bytes() -> str:
     """The most that a call allocated or the process grew by, in MiB."""
-    return f"{max(r['bytes'] for r in records(MEMORY, kind='memory')) / _MIB:g}"
+    return f"{max(r['bytes'] for r in records(MEMORY, kind='memory')) / MIB:g}"
 
 
 TABLES: Tables = {
@@ -244,24 +129,15 @@ TABLES: Tables = {
     "prefix-attention.missed": missed,
     "prefix-attention.slower": slower,
     "chosen-layers": chosen_layers,
-    "serving-engine": engine,
-    "serving-load": load,
-    "serving-load.ratios": load_ratios,
-    "ray-replicas": replicas,
-    "registered-prompts": registry,
-    "bank-storage": storage,
 }
 VALUES: Values = {
-    "engine.large": _engine_ratio("large"),
-    "engine.small": _engine_ratio("small"),
-    "load.over-peft": _load_ratio("prompts / peft", ".1f"),
-    "load.over-bare": _load_ratio("prompts / no prompts", ".2f"),
-    "load.tenants": lambda: f"{record(LOAD, kind='load', kind_of_request='prompts')['distinct']}",
-    "lease.ratio": lambda: bracketed(ratio(REGISTRY, "lease", "100000", "10")),
     "prefill.fp32.low": _prefill("fp32", min),
     "prefill.fp32.high": _prefill("fp32", max),
     "prefill.bf16.low": _prefill("bf16", min),
     "prefill.bf16.high": _prefill("bf16", max),
+    "prefill.ours.apart": _apart,
+    "launch.triton": _launch("by Triton"),
+    "launch.remembered": _launch("remembered"),
     "grid.shapes": lambda: f"{len(records(GRID, kind='case'))}",
     "grid.reference": _grid_reference,
     "memory.most": _most_bytes,

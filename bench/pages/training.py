@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench.pages.results import Table, Tables, bracketed, goal, records
+from bench.pages.results import MIB, Table, Tables, bracketed, goal, records
 
 COST = "train-cost-cpu.jsonl"
-_MIB = 2**20
 
 
 def times() -> Table:
@@ -21,7 +20,7 @@ def memory() -> Table:
     ratios = {r["over"]: r for r in records(COST, kind="memory ratio")}
     rows = []
     for r in records(COST, kind="memory"):
-        peak, ratio = sorted(r["bytes"])[len(r["bytes"]) // 2] / _MIB, ratios.get(r["name"])
+        peak, ratio = sorted(r["bytes"])[len(r["bytes"]) // 2] / MIB, ratios.get(r["name"])
         beside = ["", ""] if ratio is None else [f"{ratio['ratio']:.3f}", _goal(ratio)]
         rows.append([r["name"], f"{peak:,.0f} MiB", *beside])
     return [["", "peak above rest", "of the bare backbone's", "target"], *rows]

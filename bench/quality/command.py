@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import machine
+from bench import machine, options
 from bench.quality import encoder_part, report, settings
 from bench.quality.backbone import Encoder, MissingWeights
 from bench.quality.data import MissingData
@@ -37,16 +37,27 @@ _QUICK_ROWS, _QUICK_STEPS = 12, 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench quality`."""
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (default: all)")
-    parser.add_argument("--way", nargs="*", help="only these, such as p_tuning_v2 full probe; none: what is known")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of all that is trained: 0, 1, ... (default: 3)")
-    parser.add_argument("--data", type=Path, help="folder of the data sets (default: FASTPROMPT_DATA)")
-    parser.add_argument("--backbone", type=Path, help="folder of an encoder (default: MiniLM of a Python package)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--head", choices=("mean", "cls"), default="mean", help="what CLINC150's heads read")
-    parser.add_argument("--quick", action="store_true", help="few examples and steps: it runs, and judges nothing")
-    parser.add_argument("--out", type=Path, help="JSON lines of results: known ones are kept, new ones appended")
-    parser.add_argument("--work", type=Path, help="folder for checkpoints of prompts in training")
+    options.choice(parser, "--part", PARTS, "which parts")
+    parser.add_argument(
+        "--way", nargs="*", metavar="NAME", help="only these, such as p_tuning_v2, full, probe; none: what is known"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="seeds of all that is trained: 0, 1, ... (default: 3)"
+    )
+    add_data(parser)
+    parser.add_argument(
+        "--backbone", type=Path, metavar="FOLDER", help="an encoder (default: MiniLM of a Python package)"
+    )
+    parser.add_argument(
+        "--head", choices=("mean", "cls"), default="mean", help="what CLINC150's heads read (default: mean)"
+    )
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where checkpoints of prompts in training are kept")
+    options.add(parser, "quick", "threads", "out")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The option that says where the data sets are."""
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the data sets' folder (default: FASTPROMPT_DATA)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1  # of the JSON lines; raised when a field changes its meaning
+from bench import runs
+from bench.measure import SCHEMA
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,6 @@ class Ledger:
 
 
 def _scores(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines with scores; a last line that a kill cut off is left out."""
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if line.get("kind") == "score" and line.get("schema") == SCHEMA:
-            yield line
+    """Lines with scores."""
+    known = runs.lines(path) if path.is_file() else ()
+    return (line for line in known if line.get("kind") == "score" and line.get("schema") == SCHEMA)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import fastprompt as fp
-from bench import machine
+from bench import machine, options
 from bench.quality import encoder_part, settings
 from bench.quality.backbone import Encoder, MissingWeights
+from bench.quality.command import add_data
 from bench.quality.data import MissingData
 from bench.quality.ledger import Ledger
 from fastprompt import env
@@ -119,13 +120,12 @@ GROUPS = {  # trained together; each came of what the ones before showed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench quality-search`."""
-    parser.add_argument("--group", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--data", type=Path, help="folder of the data sets (default: FASTPROMPT_DATA)")
-    parser.add_argument("--steps", type=int, default=1400, help="steps of 8 questions a candidate (default: 1400)")
-    parser.add_argument("--evaluations", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--limit", type=int, help="at most this many questions of each split: to see that it runs")
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+    options.choice(parser, "--group", GROUPS, "which groups of candidates")
+    add_data(parser)
+    parser.add_argument("--steps", type=int, default=1400, metavar="N", help="steps a candidate (default: 1400)")
+    parser.add_argument("--evaluations", type=int, default=4, metavar="N", help="of each candidate (default: 4)")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each split at most: to see that it runs")
+    options.add(parser, "threads", "out")
 
 
 def run(args: argparse.Namespace) -> int:

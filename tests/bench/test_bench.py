@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from io import StringIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,19 +160,9 @@ def test_journal_without_a_file_writes_nothing_and_with_one_a_line_each() -> Non
     assert lines[2]["wall"]["median"] == 2.0
 
 
-def run_quick(tmp_path: Path, *more: str) -> tuple[int, list[dict[str, object]]]:
-    threads, out = torch.get_num_threads(), tmp_path / "out.jsonl"
-    try:
-        status = command.main(["main-job", "--quick", "--threads", "1", "--rounds", "2", "--out", str(out), *more])
-    finally:
-        torch.set_num_threads(threads)
-    return status, [json.loads(line) for line in out.read_text().splitlines()]
-
-
-def test_quick_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, lines = run_quick(tmp_path)
+def test_quick_main_job(quick: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = quick("main-job", "--rounds", "2")
     assert status == 0
-    assert {line["schema"] for line in lines} == {measure.SCHEMA}
     assert lines[0]["kind"] == "machine" and lines[-1]["kind"] == "end"
     checks = [line for line in lines if line["kind"] == "check"]
     assert {line["case"] for line in checks} == set(main_job.CASES)
@@ -185,10 +175,10 @@ def test_quick_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_no_ratio_after_a_failed_check(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    quick: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(main_job, "LOGITS", 0.0)  # nothing but bit equality with PEFT passes
-    status, lines = run_quick(tmp_path, "--case", "forward")
+    status, lines = quick("main-job", "--rounds", "2", "--case", "forward")
     assert status == 1
     assert [line["kind"] for line in lines] == ["machine", "check", "end"]
     assert not lines[1]["green"] and "relative error" in str(lines[1]["error"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +26,11 @@ RATE = 4.8e12
 TRUE = Weights(2.5, 1.2, 0.4, 1.7)
 
 
-def points(path: str, weights: Weights) -> list[Point]:
+def points(path: str, weights: Weights, shapes: Sequence[Decode] = cost_table.SHAPES) -> list[Point]:
     """What a path with these weights would take."""
     (counted,) = costs.load()
     table = replace(counted, paths={path: weights})
-    works = [shape.work(path != "single") for shape in cost_table.SHAPES]
+    works = [shape.work(path, path != "single") for shape in shapes]
     return [Point(path, work, table.microseconds(path, work) / 1e6) for work in works]
 
 
@@ -61,6 +62,14 @@ def test_an_entry_is_a_table_and_says_what_was_not_measured() -> None:
     assert cost_table.entry(points("cuda", TRUE), RATE, "", full)["source"].endswith("triton, single: counted")
     assert table.state_tokens == round(3 * 2 * 32 * 129 * 4 * 1.7 / (4096 * 0.4))
     assert cost_table.sharing({"again": 0.0, "states": 1.0, "launch_us": 1.0}, RATE)["state_tokens"] == 2**30
+
+
+def test_what_is_measured_when_the_time_ends_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    found = lambda shape, _: points("cuda", TRUE, [shape]) + points("single", TRUE, [shape])  # noqa: E731
+    monkeypatch.setattr(cost_table, "measured", found)
+    cost_table.run("decoding", Setting("cpu", None, False, {"memory": RATE}), lambda kind, **_: told.append(kind))
+    assert told.index("table") == 10 and told.count("table") == len(cost_table.SHAPES) - 4 and told[-1] == "table"
 
 
 def test_some_shapes_share_and_some_do_not() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from bench import __main__ as command
 from bench import attention_baselines as baselines
-from bench import embed_prompts, grouped_linear, merge_states, micro, op_cases, paged_prefix_attention, schema
+from bench import embed_prompts, grouped_linear, merge_states, micro, op_cases, paged_prefix_attention
 from bench.attention_cases import Case
 from bench.attention_check import truth
 from bench.attention_inputs import build
@@ -114,15 +112,10 @@ def test_in_a_single_pass_no_neighbours_share(rows: int, prompts: int, monkeypat
     assert not (start[1:] == start[:-1]).any()
 
 
-def test_quick_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads, out = torch.get_num_threads(), tmp_path / "out.jsonl"
+def test_quick_from_end_to_end(quick: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     others = ["embed_prompts", "merge_states", "grouped_linear", "paged_prefix_attention"]
-    try:
-        status = command.main(["micro", "--quick", "--threads", "1", "--out", str(out), "--op", *others])
-    finally:
-        torch.set_num_threads(threads)
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert status == 0 and schema.problems(lines) == []
+    status, lines = quick("micro", "--op", *others)
+    assert status == 0
     cases = [line for line in lines if line["kind"] == "case"]
     assert {line["op"] for line in cases} == set(others)
     for line in cases:

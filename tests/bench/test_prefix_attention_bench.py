@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as command
 from bench import attention_baselines as baselines
-from bench import attention_run, ceilings, measure, op_run, prefix_attention_memory
+from bench import attention_run, ceilings, measure, memory, op_run, prefix_attention_memory
 from bench.attention_cases import GRID, SETS, TABLE, Case
 from bench.attention_check import truth
 from bench.attention_inputs import build
@@ -220,18 +219,9 @@ def test_a_sample_that_waited_for_a_core_is_not_quiet() -> None:
     assert not Sample(0, 1.0, 1.0, 2 * measure.BUSY).quiet
 
 
-def run_quick(tmp_path: Path, *more: str) -> tuple[int, list[dict]]:
-    threads, out = torch.get_num_threads(), tmp_path / "out.jsonl"
-    try:
-        status = command.main(["prefix-attention", "--quick", "--threads", "1", "--out", str(out), *more])
-    finally:
-        torch.set_num_threads(threads)
-    return status, [json.loads(line) for line in out.read_text().splitlines()]
-
-
-def test_quick_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_from_end_to_end(quick: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     names = "^(prefill B8 prompts1 P64 .* D64 causal|train B8|few)"
-    status, lines = run_quick(tmp_path, "--set", "all", "--cases", names)
+    status, lines = quick("prefix-attention", "--set", "all", "--cases", names)
     assert status == 0
     assert [line["kind"] for line in lines[:2]] == ["machine", "ceilings"] and lines[-1]["kind"] == "end"
     cases = [line for line in lines if line["kind"] == "case"]
@@ -250,10 +240,10 @@ def test_quick_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_no_ratio_of_a_red_case(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    quick: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(baselines, "prefix_attention", lambda q, *args, **settings: q.transpose(1, 2))
-    status, lines = run_quick(tmp_path, "--cases", "^decode B1 ", "--dtypes", "fp32")
+    status, lines = quick("prefix-attention", "--cases", "^decode B1 ", "--dtypes", "fp32")
     assert status == 1
     assert [line["kind"] for line in lines] == ["machine", "ceilings", "check", "end"]
     shown = capsys.readouterr()
@@ -267,10 +257,10 @@ def test_listing_and_no_match(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_allocations_and_peaks_are_seen() -> None:
-    assert prefix_attention_memory.allocated(lambda: torch.zeros(1 << 20).numel()) >= 4 << 20
-    assert prefix_attention_memory.allocated(lambda: None) == 0
-    assert prefix_attention_memory.peak_growth(lambda: torch.ones(1 << 24).numel()) >= 60 << 20
-    assert prefix_attention_memory.peak_growth(lambda: None) < 8 << 20
+    assert memory.allocated(lambda: torch.zeros(1 << 20).numel()) >= 4 << 20
+    assert memory.allocated(lambda: None) == 0
+    assert memory.peak_growth(lambda: torch.ones(1 << 24).numel()) >= 60 << 20
+    assert memory.peak_growth(lambda: None) < 8 << 20
 
 
 def test_many_small_calls_do_not_grow(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from bench import __main__ as command
@@ -59,16 +59,10 @@ def test_a_law_changes_one_size_and_the_region_two() -> None:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quick sweep and a quick `micro`, marked as if they were whole, in a folder."""
-    folder, threads = tmp_path_factory.mktemp("results"), torch.get_num_threads()
-    out = str(folder / "all.jsonl")
-    try:
-        assert command.main(["sweep", "--quick", "--threads", "1", "--rounds", "1", "--out", out]) == 0
-        assert (
-            command.main(["micro", "--quick", "--threads", "1", "--op", "merge_states", "embed_prompts", "--out", out])
-            == 0
-        )
-    finally:
-        torch.set_num_threads(threads)
+    folder = tmp_path_factory.mktemp("results")
+    quick = ["--quick", "--threads", "1", "--out", str(folder / "all.jsonl")]
+    assert command.main(["sweep", *quick, "--rounds", "1"]) == 0
+    assert command.main(["micro", *quick, "--op", "merge_states", "embed_prompts"]) == 0
     text = (folder / "all.jsonl").read_text()
     (folder / "all.jsonl").write_text(text.replace('"quick": true', '"quick": false'))
     return folder
@@ -108,14 +102,9 @@ def test_committed_pictures_are_of_the_last_results(name: str) -> None:
     assert last is not None and plot.source(last) in (plot.FOLDER / name).read_text()
 
 
-def test_quick_e2e(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads, out = torch.get_num_threads(), tmp_path / "out.jsonl"
-    try:
-        assert command.main(["e2e", "--quick", "--threads", "1", "--rounds", "1", "--out", str(out)]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert schema.problems(lines) == [] and lines[0]["benchmark"] == "e2e"
+def test_quick_e2e(quick: Callable) -> None:
+    status, lines = quick("e2e", "--rounds", "1")
+    assert status == 0 and lines[0]["benchmark"] == "e2e"
     ratios = [line for line in lines if line["kind"] == "ratio"]
     assert {line["case"] for line in ratios} == set(e2e.CASES) and all(line["met"] is None for line in ratios)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,18 +20,8 @@ from bench.train_steps import CONFIGS, Checks, Work, bare, fastprompt_model, our
 TIMED = [case for case in train_cost.CASES if case != "memory"]
 
 
-def run_quick(tmp_path: Path, *cases: str) -> tuple[int, list[dict[str, object]]]:
-    out, threads = tmp_path / "out.jsonl", torch.get_num_threads()
-    options = ["--quick", "--threads", "1", "--rounds", "2", "--out", str(out), "--case", *cases]
-    try:
-        status = main(["train-cost", *options])
-    finally:
-        torch.set_num_threads(threads)
-    return status, [json.loads(line) for line in out.read_text().splitlines()]
-
-
-def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, lines = run_quick(tmp_path, *TIMED)
+def test_a_quick_run(quick: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = quick("train-cost", "--rounds", "2", "--case", *TIMED)
     assert status == 0
     assert lines[0]["kind"] == "machine" and lines[-1]["kind"] == "end"
     assert all(line["green"] and line["compared"] for line in lines if line["kind"] == "check")
@@ -72,10 +63,10 @@ def test_every_contestant_has_a_step_to_measure(name: str) -> None:
 
 
 def test_no_ratio_where_gradients_differ(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    quick: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_steps, "GRADIENT", 0.0)  # nothing but bit equality with PEFT passes
-    status, lines = run_quick(tmp_path, "together-16")
+    status, lines = quick("train-cost", "--rounds", "2", "--case", "together-16")
     assert status == 1
     assert [line["kind"] for line in lines] == ["machine", "check", "end"]
     assert "gradients" in str(lines[1]["error"])
