@@ -8,7 +8,7 @@
 namespace fastprompt::dlpack {
 
 enum DeviceType : int32_t { kCpu = 1 };
-enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kE4m3 = 10 };
 
 struct Tensor {
   void* data;

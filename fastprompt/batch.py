@@ -35,9 +35,16 @@ class LayerRows:
     reads: bool
 
     @staticmethod
-    def build(starts: Sequence[int], lengths: Sequence[int], device: torch.device | str = "cpu") -> LayerRows:
+    def build(
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        queries: Sequence[int] | None = None,
+    ) -> LayerRows:
+        """`queries`: of each row, for a plan that says which rows read their prompt together."""
         as_tensor = torch.tensor([list(starts), list(lengths)], dtype=torch.int32, device=device)
-        return LayerRows(as_tensor[0], as_tensor[1], BatchPlan.build(starts, lengths), any(lengths))
+        plan = BatchPlan.build(starts, lengths, queries=queries, device=device)
+        return LayerRows(as_tensor[0], as_tensor[1], plan, any(lengths))
 
     @staticmethod
     def none(rows: int, device: torch.device | str = "cpu") -> LayerRows:
@@ -111,9 +118,15 @@ class PrefixBatch:
 
     @staticmethod
     def build(
-        keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], extents: Sequence[Extent | None]
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        extents: Sequence[Extent | None],
+        queries: Sequence[int] | None = None,
     ) -> PrefixBatch:
-        """Rows reading `extents` of arenas that all layers lay out alike; None is a row without a prompt."""
+        """Rows reading `extents` of arenas that all layers lay out alike; None is a row without a prompt.
+
+        `queries`: as in `BatchPlan.build`, where kernels look at what it makes of them.
+        """
         built: dict[tuple[torch.device, tuple[bool, ...]], LayerRows] = {}
         layer_rows = []
         for layer, key in enumerate(keys):
@@ -122,7 +135,8 @@ class PrefixBatch:
                 pairs = [
                     (e.start, e.length) if e and here else (0, 0) for e, here in zip(extents, present, strict=True)
                 ]
-                built[key.device, present] = LayerRows.build([s for s, _ in pairs], [n for _, n in pairs], key.device)
+                starts, lens = [s for s, _ in pairs], [n for _, n in pairs]
+                built[key.device, present] = LayerRows.build(starts, lens, key.device, queries)
             layer_rows.append(built[key.device, present])
         lengths = tuple(e.shift if e else 0 for e in extents)
         return PrefixBatch(tuple(keys), tuple(values), tuple(layer_rows), tuple(extents), lengths)

@@ -27,9 +27,10 @@ PATHS = {
 }
 EXAMPLE = "rows=128 prompts=8 P=256 S=512 heads=32/8 D=128 bytes=2"
 SHARERS = 16  # most rows that read a prefix together
-_FULL = 264  # programs that fill a chip; with fewer, keys are cut into parts
+FULL = 264  # programs that fill a chip, two a multiprocessor of an H100 or H200; with fewer, keys are cut into parts
 _MOST_PARTS = 16
-_PREFIX_PART, _OWN_PART = 128, 256  # fewest keys of a part
+PREFIX_PART = 128  # fewest keys of a part of a prefix that several rows read together
+OWN_PART = {"cuda": 512, "triton": 256, "single": 256}  # and of the keys that a row reads alone, by path
 _TILE = 64  # query rows of a tile that reads a prefix for several
 
 
@@ -98,23 +99,23 @@ class Decode:
         starts = [row * self.prompts // self.rows * self.prefix for row in range(self.rows)]
         return starts, [self.prefix] * self.rows
 
-    def work(self, shared: bool) -> Work:
-        """What is done where rows read prompts together, or each for itself."""
+    def work(self, path: str, shared: bool) -> Work:
+        """What a path does where rows read prompts together, or each for itself."""
         token = 2 * self.kv_heads * self.dim * self.itemsize
         unique = token * (self.prompts * self.prefix + self.rows * self.own)
         unique += 2 * self.rows * self.heads * self.dim * self.itemsize  # queries and results
         group = self.heads // self.kv_heads
         counts = [self.rows // self.prompts + (i < self.rows % self.prompts) for i in range(self.prompts)]
         alone = self.own if shared else self.prefix + self.own
-        parts = _parts(self.rows * self.kv_heads, alone, _OWN_PART)
+        own = parts(self.rows * self.kv_heads, alone, OWN_PART[path])
         if shared:
             tiles = sum(-(-count // SHARERS) for count in counts)
             programs = -(-self.rows // SHARERS) * self.kv_heads * -(-SHARERS * group // _TILE)
             again = tiles - self.prompts
-            states = parts + _parts(programs, self.prefix, _PREFIX_PART)
+            states = own + parts(programs, self.prefix, PREFIX_PART)
         else:
             again = self.rows - self.prompts
-            states = parts if parts > 1 else 0
+            states = own if own > 1 else 0
         state = 2 * self.rows * self.heads * (self.dim + 1) * 4
         return Work(1 + (states > 0), unique, token * self.prefix * again, state * states)
 
@@ -173,9 +174,7 @@ class Table:
 
 def table(device: torch.device | str) -> Table:
     """The table for a device: that of its name, or else the one for all."""
-    device = torch.device(device)
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    return _named(torch.cuda.get_device_name(device) if on_gpu else None)
+    return _named(_name(torch.device(device)))
 
 
 def load(path: Path | None = None) -> list[Table]:
@@ -195,6 +194,13 @@ def load(path: Path | None = None) -> list[Table]:
 
 
 @cache
+def _name(device: torch.device) -> str | None:
+    """A GPU's name; asked for once, as every decoding call looks for its table."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if on_gpu else None
+
+
+@cache
 def _named(name: str | None) -> Table:
     given = env.costs()
     tables = {one.device: one for one in load(Path(given) if given else None)}
@@ -204,12 +210,16 @@ def _named(name: str | None) -> Table:
 @lru_cache(4096)
 def cheaper_than_cuda(table: Table, shape: Decode, shared: bool) -> str | None:
     """Why Triton is taken rather than CUDA, by the plan's way to read prompts; None where it does not cost less."""
-    work, other = shape.work(shared), "triton" if shared else "single"
-    cuda, triton = table.microseconds("cuda", work), table.microseconds(other, work)
+    other = "triton" if shared else "single"
+    cuda, triton = (table.microseconds(path, shape.work(path, shared)) for path in ("cuda", other))
     if cuda <= triton:
         return None
     return f"the cost table says {triton:.1f} us for Triton and {cuda:.1f} us for CUDA"
 
 
-def _parts(programs: int, keys: int, least: int) -> int:
-    return max(1, min(keys // least, _FULL // max(programs, 1), _MOST_PARTS))
+def parts(programs: int, keys: int, least: int) -> int:
+    """In how many parts of at least so many keys those of a row are cut where programs are too few to fill a chip.
+
+    What runs goes by capacities, so it may make more of them: those without keys cost next to nothing.
+    """
+    return max(1, min(keys // least, FULL // max(programs, 1), _MOST_PARTS))

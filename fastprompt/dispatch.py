@@ -34,6 +34,8 @@ _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = {"flash": _HALF, "cuda": _HALF}  # of implementations that take fewer
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "flash": "cuda", "cuda": "cuda"}  # types of those that take one
 _LARGEST_HEAD = {"triton": 256, "flash": 256}
+_PAGED = "paged_prefix_attention"
+_READING_TOGETHER = ("cuda", "triton")  # implementations of it that look at which rows share a prompt
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,14 @@ def choose_behind(
 def asked(impl: str | None) -> bool:
     """Whether a call, or FASTPROMPT_IMPL, names an implementation."""
     return bool(impl or env.default_impl())
+
+
+def reads_together(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows of a paged batch there may read a prompt together, so that its plan is to be built with `queries`.
+
+    Raises as `choose`.
+    """
+    return choose(_PAGED, None, device, dtype) in _READING_TOGETHER
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler: graphs keep what was chosen for them.
@@ -239,5 +249,4 @@ for _op in OPS:
     register(_op, "cpu", f"fastprompt._cpu.{_op}", native.obstacle)
     register(_op, "triton", f"fastprompt._triton.{_op}", _triton_obstacle)
 register("prefix_attention", "flash", "fastprompt._flash.prefix_attention", _flash_obstacle)
-_PAGED = "paged_prefix_attention"
 register(_PAGED, "cuda", f"fastprompt._cuda.{_PAGED}", native.cuda_obstacle, extra=True)

@@ -15,6 +15,7 @@ from fastprompt.plan import BatchPlan
 (COUNTED,) = costs.load()
 TOKEN = 2 * 8 * 128 * 2  # bytes of keys and values with 8 heads of 128
 STATE = 2 * 32 * 129 * 4  # of a partial result with 32 heads, written and read
+PATH = st.sampled_from(sorted(costs.PATHS))
 
 
 def shapes():
@@ -22,9 +23,10 @@ def shapes():
     return sizes.map(lambda n: Decode(max(n[:2]), min(n[:2]), *n[2:]))
 
 
-def test_bytes_of_a_step_are_those_counted_by_hand():
+@pytest.mark.parametrize("path", ["cuda", "triton"])
+def test_bytes_of_a_step_are_those_counted_by_hand(path):
     shape = Decode(128, 8, 256, 512)
-    together, alone = shape.work(True), shape.work(False)
+    together, alone = shape.work(path, True), shape.work(path, False)
     assert together.unique == alone.unique == TOKEN * (8 * 256 + 128 * 512) + 2 * 128 * 32 * 128 * 2
     assert (together.again, alone.again) == (0, TOKEN * 120 * 256)
     assert (together.states, alone.states) == (3 * 128 * STATE, 0)  # a prefix in two parts, and own keys
@@ -32,27 +34,35 @@ def test_bytes_of_a_step_are_those_counted_by_hand():
 
 
 def test_a_long_prefix_of_few_rows_is_cut_into_parts():
-    work = Decode(1, 1, 8192, 64).work(False)
+    work = Decode(1, 1, 8192, 64).work("single", False)
     assert work.states == 16 * STATE and work.launches == 2
 
 
-@given(shapes())
-def test_sharing_reads_no_more_and_keeps_more(shape):
-    together, alone = shape.work(True), shape.work(False)
+def test_each_path_cuts_keys_into_parts_of_its_own():
+    """Those of kernels/triton and csrc/cuda; the latter's schedule is held to them in tests/cuda."""
+    shape = Decode(1, 1, 0, 1500)
+    assert [shape.work(path, False).states // STATE for path in ("cuda", "triton", "single")] == [2, 5, 5]
+    assert Decode(1, 1, 0, 511).work("cuda", False) == Decode(1, 1, 0, 511).work("triton", False)
+
+
+@given(shapes(), PATH)
+def test_sharing_reads_no_more_and_keeps_more(shape, path):
+    together, alone = shape.work(path, True), shape.work(path, False)
     assert together.unique == alone.unique and 0 <= together.again <= alone.again and together.states > 0
-    assert shape.work(False).again == 0 or shape.prompts < shape.rows
+    assert alone.again == 0 or shape.prompts < shape.rows
 
 
-@given(shapes(), st.sampled_from(["rows", "prefix", "own"]), st.booleans())
-def test_more_of_anything_reads_more(shape, what, shared):
+@given(shapes(), st.sampled_from(["rows", "prefix", "own"]), PATH, st.booleans())
+def test_more_of_anything_reads_more(shape, what, path, shared):
     more = replace(shape, **{what: getattr(shape, what) + 16})
-    assert more.work(shared).unique > shape.work(shared).unique or what == "prefix"
-    assert more.work(shared).again >= shape.work(shared).again or what == "rows"
+    larger, usual = more.work(path, shared), shape.work(path, shared)
+    assert larger.unique > usual.unique or what == "prefix"
+    assert larger.again >= usual.again or what == "rows"
 
 
-@given(shapes(), st.sampled_from(sorted(costs.PATHS)), st.booleans())
+@given(shapes(), PATH, st.booleans())
 def test_time_grows_with_every_weight(shape, path, shared):
-    work = shape.work(shared)
+    work = shape.work(path, shared)
     usual = COUNTED.microseconds(path, work)
     assert usual > 0
     for name in ("launch_us", "unique", "again", "states"):

@@ -77,7 +77,11 @@ FP_DEVICE void decode(const Call& c, char* shared) {
   for (int32_t item = block(); item < all; item += blocks()) {
     Work work;
     const bool found = item < together ? find_shared(c, item, tiles, work) : find_alone(c, item - together, work);
-    if (found) attend<F, D>(c, work, ring, queries, exchange);
+    if (!found) continue;
+    if (work.begin == work.end && !work.whole && !work.sinks)
+      leave_empty(c, work);
+    else
+      attend<F, D>(c, work, ring, queries, exchange);
   }
 }
 

@@ -11,6 +11,27 @@
 #endif
 
 namespace fastprompt::python {
+
+// Keys or values of prefixes: of a float dtype, or e4m3.
+struct Prefixes : View {
+  bool narrow = false;
+};
+
+inline bool convert(dlpack::Tensor t, Prefixes& prefixes) {
+  prefixes.narrow = t.type_code == dlpack::kE4m3;
+  if (prefixes.narrow) t.type_code = dlpack::kFloat, t.bits = 16;  // of the same sizes and strides in elements
+  return convert(t, static_cast<View&>(prefixes));
+}
+
+}  // namespace fastprompt::python
+
+template <>
+struct pybind11::detail::type_caster<fastprompt::python::Prefixes>
+    : fastprompt::python::Caster<fastprompt::python::Prefixes> {
+  static constexpr auto name = const_name("float or e4m3 tensor | None");
+};
+
+namespace fastprompt::python {
 namespace {
 
 // A code of decode.h that is no success.
@@ -34,6 +55,16 @@ fastprompt_dtype dtype_of(const View& view) {
   }
 }
 
+// A scale for each head of e4m3 prefixes.
+const float* scales(const View& view, const Prefixes& prefixes, const char* name) {
+  if (!view) return nullptr;
+  if (!prefixes.narrow || view.dtype != Dtype::f32 || view.dims != 1 || view.size[0] != prefixes.size[0] ||
+      (view.size[0] > 1 && view.stride[0] != 1))
+    throw py::value_error(std::string(name) +
+                          " is not contiguous float32 with a number for each head of e4m3 prefixes");
+  return view.as<const float>();
+}
+
 const int32_t* numbers(const Index& index, const char* name) {
   if (!index) return nullptr;
   if (index.wide || (index.size > 1 && index.stride != 1))
@@ -54,8 +85,9 @@ struct Decode {
   fastprompt_decode_schedule_t schedule{};
 
   Decode(View out, View lse, View q, View k_cache, View v_cache, IndexTable block_table, Index q_start, Index kv_len,
-         View prefix_k, View prefix_v, Index prefix_start, Index prefix_len, View sinks, Index tile_of_row,
-         IndexTable tiles, float scale, int64_t window, float softcap, int32_t device) {
+         Prefixes prefix_k, Prefixes prefix_v, Index prefix_start, Index prefix_len, View sinks, Index tile_of_row,
+         IndexTable tiles, float scale, int64_t window, float softcap, int32_t device, View prefix_k_scale,
+         View prefix_v_scale) {
     args.rows = kv_len.size, args.tokens = q.size[0];
     args.heads = static_cast<int32_t>(q.size[1]), args.kv_heads = static_cast<int32_t>(k_cache.size[2]);
     args.head_dim = static_cast<int32_t>(q.size[2]), args.block_size = static_cast<int32_t>(k_cache.size[1]);
@@ -72,7 +104,10 @@ struct Decode {
     args.block_table = numbers(block_table, "block_table"), args.block_table_stride = block_table.row_stride;
     args.kv_len = numbers(kv_len, "kv_len"), args.q_start = numbers(q_start, "q_start");
 
-    args.prefix_k = prefix_k.data, args.prefix_v = prefix_v.data, args.prefix_dtype = dtype_of(prefix_k);
+    args.prefix_k = prefix_k.data, args.prefix_v = prefix_v.data;
+    args.prefix_dtype = prefix_k.narrow ? FASTPROMPT_E4M3 : dtype_of(prefix_k);
+    args.prefix_k_scale = scales(prefix_k_scale, prefix_k, "prefix_k_scale");
+    args.prefix_v_scale = scales(prefix_v_scale, prefix_v, "prefix_v_scale");
     args.prefix_k_head_stride = prefix_k.stride[0], args.prefix_k_token_stride = prefix_k.stride[1];
     args.prefix_v_head_stride = prefix_v.stride[0], args.prefix_v_token_stride = prefix_v.stride[1];
     args.prefix_start = numbers(prefix_start, "prefix_start"), args.prefix_len = numbers(prefix_len, "prefix_len");
@@ -115,8 +150,8 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.def("connect", read_tensors_by, "Torch's way to read tensors, and DLPack's number of the devices they are on.");
   m.def("archs", [] { return FASTPROMPT_CUDA_ARCHS; }, "The GPUs this was built for, as FASTPROMPT_CUDA_ARCHS.");
   py::class_<Decode>(m, "Decode")
-      .def(py::init<View, View, View, View, View, IndexTable, Index, Index, View, View, Index, Index, View, Index,
-                    IndexTable, float, int64_t, float, int32_t>())
+      .def(py::init<View, View, View, View, View, IndexTable, Index, Index, Prefixes, Prefixes, Index, Index, View,
+                    Index, IndexTable, float, int64_t, float, int32_t, View, View>())
       .def("run", &Decode::run, released())
       .def_property_readonly("workspace_bytes", [](const Decode& call) { return call.schedule.workspace_bytes; })
       .def_property_readonly("launches", [](const Decode& call) { return 1 + (call.schedule.merge_blocks > 0); });

@@ -5,9 +5,10 @@
 
 namespace fastprompt::cuda {
 
-constexpr int kSliceKeys = 16;    // keys of a slice: what one warp loads of a tile, and one step of the softmax takes
-constexpr int kTileRows = 16;     // query rows of a warp: the M of its products
-constexpr int kAlonePart = 512;   // fewest keys of a part that one row reads: fewer are not worth a merge; whole tiles
+constexpr int kSliceKeys = 16;  // keys of a slice: what one warp loads of a tile, and one step of the softmax takes
+constexpr int kTileRows = 16;   // query rows of a warp: the M of its products
+// As fastprompt/costs.py counts them. Fewer keys are not worth a merge; whole tiles.
+constexpr int kAlonePart = 512;   // fewest keys of a part that one row reads
 constexpr int kSharedPart = 128;  // and of a prefix that several read together
 
 // Bytes of a row of keys or values in shared memory: 16 more than it holds, so that rows begin in different banks.

@@ -54,14 +54,19 @@ int ask(int device, fastprompt_chip& chip) {
   return FASTPROMPT_DECODE_OK;
 }
 
-// Kernels may take more shared memory than by default once they were told so, on each device.
-int allow_shared_memory(const void* kernel, int device, int bytes, int which) {
+// Tells a device once that a kernel takes more shared memory than by default, and to keep room for as many blocks as
+// the schedule counts on, the merging kernel's beside them.
+int prepare(const Kernels& kernels, int device, int bytes, int which) {
   static std::mutex mutex;
   static int allowed[kMostDevices][8];
   const std::lock_guard<std::mutex> guard(mutex);
   const bool known = device < kMostDevices;
   if (known && allowed[device][which] >= bytes) return FASTPROMPT_DECODE_OK;
-  const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t code = cudaFuncSetAttribute(kernels.decode, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  for (const void* kernel : {kernels.decode, kernels.merge})
+    if (code == cudaSuccess)
+      code =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (known && code == cudaSuccess) allowed[device][which] = bytes;
   return code;
 }
@@ -97,7 +102,7 @@ int run(const fastprompt_decode_args& args) {
   const int which = (bf16 ? 0 : 4) + (args.head_dim == 64 ? 0 : args.head_dim == 96 ? 1 : args.head_dim == 128 ? 2 : 3);
   const Device device(args.device);
   code = device.code();
-  if (code == FASTPROMPT_DECODE_OK) code = allow_shared_memory(kernels.decode, args.device, s.shared_bytes, which);
+  if (code == FASTPROMPT_DECODE_OK) code = prepare(kernels, args.device, s.shared_bytes, which);
   if (code == FASTPROMPT_DECODE_OK) code = launch(kernels.decode, call, s.blocks, s.warps, s.shared_bytes, false);
   if (code == FASTPROMPT_DECODE_OK && s.merge_blocks > 0)
     code = launch(kernels.merge, call, s.merge_blocks, kMergeWarps, 0, chip.capability >= 90);

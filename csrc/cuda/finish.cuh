@@ -43,9 +43,9 @@ FP_DEVICE float sink_of(const Call& c, int32_t head) {
 
 // Two numbers of a result, from d on.
 template <class F>
-FP_DEVICE void store_result(const Call& c, int64_t place, int32_t head, int d, float x, float y) {
+FP_DEVICE void store_result(const Call& c, int64_t place, int32_t head, int d, Pair pair) {
   const int64_t at = (place * c.args.heads + head) * c.args.head_dim + d;
-  *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(c.args.out) + at) = F::pack(x, y);
+  *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(c.args.out) + at) = F::pack(pair.x, pair.y);
 }
 FP_DEVICE void store_log(const Call& c, int64_t place, int32_t head, float log) {
   if (c.args.lse != nullptr) c.args.lse[head * c.args.tokens + place] = log * kLn2;
@@ -65,19 +65,17 @@ FP_DEVICE void finish_row(const Call& c, const Work& w, const Exchange<D>& from,
   const float inverse = sum == 0 ? 0.0f : 1.0f / sum, log = sum == 0 ? no_weight() : base + log2_of(sum);
   const int64_t at = state_index(c, row.row, row.head, w.slot);
   for (int d = 2 * lane(); d < D; d += 2 * kLanes) {
-    float x = 0.0f, y = 0.0f;
+    Pair sums = {0.0f, 0.0f};
     for (int i = 0; i < count; ++i) {
       const float weight = exp2_of(from.sums[2 * (first + i * step)] - base) * inverse;
       const float* values = from.values + (first + i * step) * from.kPitch + d;
-      x += weight * values[0];
-      y += weight * values[1];
+      sums.x += weight * values[0];
+      sums.y += weight * values[1];
     }
-    if (w.whole) {
-      store_result<F>(c, row.place, row.head, d, x, y);
-    } else {
-      states(c)[at * D + d] = x;
-      states(c)[at * D + d + 1] = y;
-    }
+    if (w.whole)
+      store_result<F>(c, row.place, row.head, d, sums);
+    else
+      *state_pair(c, at * D + d) = sums;
   }
   if (lane() == 0 && w.whole) store_log(c, row.place, row.head, log);
   if (lane() == 0 && !w.whole) state_logs(c)[at] = log;
@@ -89,6 +87,14 @@ FP_DEVICE void finish(const Call& c, const Work& w, const Exchange<D>& from, int
   for (int32_t r = warp(); r < w.rows; r += c.schedule.warps) {
     const QueryRow row = query_row(c, w, r);
     if (row.place >= 0) finish_row<F, D>(c, w, from, row, r, tiles * kTileRows, copies);
+  }
+}
+
+// A part without keys: who merges sees that it has no weight, and reads no values.
+FP_DEVICE void leave_empty(const Call& c, const Work& w) {
+  for (int32_t r = thread(); r < w.rows; r += kLanes * c.schedule.warps) {
+    const QueryRow row = query_row(c, w, r);
+    if (row.place >= 0) state_logs(c)[state_index(c, row.row, row.head, w.slot)] = no_weight();
   }
 }
 

@@ -22,7 +22,7 @@ class Ring {
     if (!bulk()) return;
     if (lane() == 0)
       for (int s = 0; s < call.schedule.stages; ++s) barrier_init(barriers_ + s, 1);
-    fence_barriers();
+    fence_bulk();
     warp_sync();  // nobody else uses them
   }
 

@@ -20,6 +20,9 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
+struct alignas(8) Pair {
+  float x, y;
+};
 
 FP_DEVICE float no_weight() { return -HUGE_VALF; }
 

@@ -27,23 +27,23 @@ FP_DEVICE void merge(const Call& c) {
   const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
 
   constexpr int kPairs = (D / 2 + kLanes - 1) / kLanes;
-  float result[kPairs][2] = {};
+  Pair result[kPairs] = {};
+#pragma unroll 4  // so that loads do not wait for each other; a part of no weight has no values
   for (int i = 0; i < parts; ++i) {
     const float weight = shfl(share, i) * inverse;
-    if (weight == 0) continue;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const int d = 2 * (lane() + p * kLanes);
-      if (d >= D) continue;
-      const float* state = states(c) + (first + i) * D + d;
-      result[p][0] += weight * state[0];
-      result[p][1] += weight * state[1];
+      Pair state = {0.0f, 0.0f};
+      if (d < D && weight != 0) state = *state_pair(c, (first + i) * D + d);
+      result[p].x += weight * state.x;
+      result[p].y += weight * state.y;
     }
   }
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const int d = 2 * (lane() + p * kLanes);
-    if (d < D) store_result<F>(c, place, head, d, result[p][0], result[p][1]);
+    if (d < D) store_result<F>(c, place, head, d, result[p]);
   }
   if (lane() == 0) store_log(c, place, head, sum == 0 ? no_weight() : base + log2_of(sum));
 }

@@ -125,15 +125,10 @@ FP_DEVICE void copy_bulk(char* to, const char* from, int bytes, uint64_t* barrie
                : "memory");
 #endif
 }
-// Orders what threads wrote to and read from shared memory before later bulk copies, and new barriers before their use.
+// Orders what threads wrote to and read from shared memory, new barriers too, before later bulk copies.
 FP_DEVICE void fence_bulk() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-FP_DEVICE void fence_barriers() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 

@@ -11,7 +11,7 @@
 namespace fastprompt::cuda {
 
 constexpr int kMostWarps = 4, kMostStages = 4, kMostBlocks = 2, kMostParts = 16;
-constexpr int64_t kMostIndex = (int64_t{1} << 31) - 4096;  // of 32-bit indices, room to round up left
+constexpr int64_t kMostIndex = (int64_t{1} << 31) - (1 << 14);  // of 32-bit indices, room for all parts left
 
 inline bool shares(const fastprompt_decode_args& a) {
   return a.tiles != nullptr && a.tile_of_row != nullptr && a.num_tiles > 0 && a.window == 0;
@@ -93,6 +93,7 @@ inline int make_schedule(const fastprompt_decode_args& a, const fastprompt_chip&
   const int64_t slots = int64_t{chip.multiprocessors} * resident;
   const int64_t all_keys = a.arena_tokens + a.max_blocks * a.block_size;
   const int64_t keys = a.window > 0 ? std::min(a.window, all_keys) : all_keys;
+  if (a.rows == 0) return FASTPROMPT_DECODE_OK;
   s.alone_parts = parts(slots, a.rows * a.kv_heads, keys, kAlonePart);
   int64_t work = a.rows * a.kv_heads * s.alone_parts;
   if (shares(a)) {

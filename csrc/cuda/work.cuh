@@ -64,12 +64,11 @@ FP_DEVICE void take_part(const Call& c, int32_t part, int32_t count, int32_t lea
 // Tiles in use: they stand before the empty ones. All lanes of a warp ask.
 FP_DEVICE int32_t used_tiles(const Call& c) {
   int32_t used = 0;
-  if (c.schedule.shared_parts == 0) return used;
-  const int32_t room = static_cast<int32_t>(c.args.num_tiles);
-  for (int32_t at = 0; at < room; at += kLanes) {
-    const int32_t tile = at + lane();
-    used += count_bits(ballot(tile < room && c.args.tiles[int64_t{tile} * FASTPROMPT_SHARERS] >= 0));
-  }
+  const int32_t room = c.schedule.shared_parts == 0 ? 0 : static_cast<int32_t>(c.args.num_tiles);
+  for (int32_t tile = lane(); tile < room; tile += kLanes)  // loads that do not wait for each other
+    used += c.args.tiles[int64_t{tile} * FASTPROMPT_SHARERS] >= 0;
+#pragma unroll
+  for (int apart = kLanes / 2; apart > 0; apart /= 2) used += shfl_xor(used, apart);
   return used;
 }
 
@@ -126,9 +125,11 @@ FP_DEVICE QueryRow query_row(const Call& c, const Work& w, int32_t r) {
 FP_DEVICE int64_t state_index(const Call& c, int32_t row, int32_t head, int32_t slot) {
   return (int64_t{row} * c.args.heads + head) * (c.schedule.alone_parts + c.schedule.shared_parts) + slot;
 }
-FP_DEVICE float* states(const Call& c) { return static_cast<float*>(c.args.workspace); }
+// Two numbers of a state, from an even one on; behind all states, their logs.
+FP_DEVICE Pair* state_pair(const Call& c, int64_t at) { return static_cast<Pair*>(c.args.workspace) + at / 2; }
 FP_DEVICE float* state_logs(const Call& c) {
-  return states(c) + state_index(c, static_cast<int32_t>(c.args.rows), 0, 0) * c.args.head_dim;
+  return static_cast<float*>(c.args.workspace) +
+         state_index(c, static_cast<int32_t>(c.args.rows), 0, 0) * c.args.head_dim;
 }
 
 }  // namespace fastprompt::cuda

@@ -30,8 +30,13 @@ def forward(
     window: int | None,
     softcap: float | None,
     need_lse: bool,
+    prefix_scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`out [tokens, Hq, D]` and `lse [Hq, tokens]` (`[0]` unless needed)."""
+    """`out [tokens, Hq, D]` and `lse [Hq, tokens]` (`[0]` unless needed).
+
+    `prefix_k` and `prefix_v` may be `torch.float8_e4m3fn`, with strides of whole 16 bytes: numbers that
+    `prefix_scales`, float32 `[Hkv]` of keys and of values, multiply. The op takes no such prefixes; only this does.
+    """
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[1::-1] if need_lse else (0,), dtype=torch.float32)
     if q.numel() == 0:
@@ -43,6 +48,7 @@ def forward(
     call = kernels.Decode(
         out, lse if need_lse else None, q, k_cache, v_cache, table, begins, lens, prefix_k, prefix_v, starts, lengths,
         logits, tile_of_row, tiles, scale, min(window or 0, _FAR), softcap or 0.0, q.device.index or 0,
+        *(prefix_scales or (None, None)),
     )  # fmt: skip
     room = call.workspace_bytes
     workspace = q.new_empty(room, dtype=torch.uint8) if room else None

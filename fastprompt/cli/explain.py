@@ -31,7 +31,7 @@ def explained(text: str) -> dict[str, Any]:
     problems = _problems(shape, plan)
     paths = {}
     for name, about in costs.PATHS.items():
-        work = shape.work(shared if name == "cuda" else name == "triton")
+        work = shape.work(name, shared if name == "cuda" else name == "triton")
         paths[name] = {
             "about": about, "microseconds": table.microseconds(name, work), **asdict(work), "here": problems[name],
         }  # fmt: skip

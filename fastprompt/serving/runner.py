@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastprompt import dispatch
 from fastprompt.batch import Extent, PrefixBatch
 from fastprompt.context import Call, activate
 from fastprompt.integrations.transformers.backbone import Backbone
@@ -81,6 +82,7 @@ class PackedRunner:
         )
         self.cache = PagedCache(keys, values)
         self._cuts = cuts_logits(backbone)
+        self._shares = dispatch.reads_together(backbone.device, dtype)
         self._last: tuple[Any, PrefixBatch] | None = None
 
     @staticmethod
@@ -133,7 +135,9 @@ class PackedRunner:
         keys, values = arenas
         layers = self.backbone.spec.num_layers
         extents = tuple(s.extent for s in slices)
-        known = (extents, keys[0].data_ptr(), keys[0].shape)
+        queries = [len(s.tokens) for s in slices] if self._shares else None
+        decoding = queries and [n == 1 for n in queries]  # all that a plan makes of them
+        known = (extents, decoding, keys[0].data_ptr(), keys[0].shape)
         if self._last is None or self._last[0] != known:
-            self._last = (known, PrefixBatch.build(keys[:layers], values[:layers], extents))
+            self._last = (known, PrefixBatch.build(keys[:layers], values[:layers], extents, queries))
         return self._last[1]

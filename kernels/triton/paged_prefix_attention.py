@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastprompt import costs
 from fastprompt._triton import tiles
 from fastprompt._triton.launch import index, launch
 from fastprompt._triton.paged_prefix_attention_forward import (
@@ -19,9 +20,7 @@ from fastprompt._triton.paged_prefix_attention_forward import (
 from fastprompt._triton.prefix_attention import FAR
 from fastprompt.plan import SHARERS, sharing_capacity
 
-_OWN_PART = 256  # fewest keys of a part that one row reads
-_PREFIX_PART = 128  # and of a prefix that several read together: their products take longer
-_MOST_PARTS = 16
+_OWN_PART, _PREFIX_PART = costs.OWN_PART["triton"], costs.PREFIX_PART
 
 
 def forward(
@@ -55,7 +54,7 @@ def forward(
     tile = tiles.forward(max(blocks), q.dtype, -(-tokens // max(rows, 1)) * group)
     programs = (tokens * group // tile.rows + rows) * kv_heads  # a bound: rows may end within a tile
     keys = block_table.shape[1] * size + prefix_k.shape[1]
-    parts = min(tiles.parts(programs, keys, _OWN_PART), _MOST_PARTS)
+    parts = costs.parts(programs, keys, _OWN_PART)
     shared, tile = Shared.build(None if window is not None else sharing, prefix_k, group, max(blocks), tile)
     state, logs = _room(out, parts + shared.parts) if parts > 1 or shared.parts else (None, None)
     starts = index(q_start)
@@ -100,7 +99,7 @@ class Shared(NamedTuple):
         rows, tile = tiles.together(tile, dim, prefix_k.dtype, SHARERS * group)
         each = -(-SHARERS * group // rows) * prefix_k.shape[0]  # programs that read a part for one tile
         likely = -(-capacity // SHARERS)  # tiles, were there few prompts
-        parts = min(tiles.parts(likely * each, prefix_k.shape[1], _PREFIX_PART), _MOST_PARTS)
+        parts = costs.parts(likely * each, prefix_k.shape[1], _PREFIX_PART)
         lists = sharing[:capacity], sharing[capacity:]
         return Shared(*lists, rows, parts, lists[1].shape[0] // SHARERS * each * parts), tile
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastprompt import costs
+
 
 class Tiles(NamedTuple):
     """Query rows and keys of a tile, warps that share it, and how many loads ahead its loop runs."""
@@ -62,12 +64,7 @@ def splits(programs: int, rows: int) -> int:
     return max(1, min(rows, _FULL // max(programs, 1)))
 
 
-def parts(programs: int, keys: int, least: int) -> int:
-    """In how many parts of at least so many keys those of a row are cut where programs are too few to fill a chip."""
-    return max(1, min(keys // least, _FULL // max(programs, 1)))
-
-
-_FULL = 264  # programs that fill a chip: two a multiprocessor of an H100
+_FULL = costs.FULL
 
 
 def _lean(tiles: Tiles, rich: bool) -> Tiles:

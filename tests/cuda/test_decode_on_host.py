@@ -8,6 +8,10 @@ import torch
 from cuda_cases import SMALL, batch, check, random_case, run, settings
 from cuda_machine import CODES, Copies, Loads, Machine, arguments, chip
 
+from bench.gpu_check.cost_table import SHAPES
+from fastprompt import costs
+from fastprompt.costs import Decode
+
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels for the host")
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -94,6 +98,22 @@ def test_long_rows_and_prefixes_in_parts(machine, sinks):
     check(machine, batch([prompt, NONE], [300, 900], tokens=800), on=chip(90, 20))
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, *(Decode(1, 1, 0, own) for own in (511, 1023, 1024, 9000))], ids=str)
+def test_parts_are_those_that_costs_are_counted_with(machine, shape):
+    """Where arena and table hold what a row reads, and no more: else there may be others, which are empty."""
+    b = batch(MIXED, OWN)
+    a = arguments(*b.tensors, torch.empty_like(b.tensors[0]), None)
+    a.rows, a.heads, a.kv_heads, a.head_dim = shape.rows, shape.heads, shape.kv_heads, shape.dim
+    a.arena_tokens, a.max_blocks, a.block_size = shape.prefix, shape.own, 1
+    on, state = chip(90, costs.FULL // 2), 2 * shape.rows * shape.heads * (shape.dim + 1) * 4
+    alone = machine.schedule(a, on)
+    work = shape.work("cuda", False)
+    assert (alone.merge_blocks > 0) == (work.launches == 2) and 2 * alone.workspace_bytes == work.states
+    a.tile_of_row, a.tiles, a.num_tiles = 64, 64, 1
+    own = costs.parts(shape.rows * shape.kv_heads, shape.own, costs.OWN_PART["cuda"])
+    assert machine.schedule(a, on).shared_parts == shape.work("cuda", True).states / state - own
+
+
 def test_rows_of_other_than_one_query_are_passed_over(machine):
     counts = [1, 0, 3, 1, 2, 1, 1]
     check(machine, batch(MIXED, [max(n, c) for n, c in zip(OWN, counts, strict=True)], counts=counts))
@@ -157,3 +177,11 @@ def test_calls_it_does_not_take(machine):
     assert code(rows=-1) == code(block_size=0) == code(arena_tokens=2**31) == code(max_blocks=2**28) == "sizes"
     assert code(loads=Loads.BULK, on=chip(80, 2)) == "loads"
     assert code(on=chip(75, 2)) == "chip"
+
+
+def test_no_rows_are_no_work(machine):
+    """Whatever tiles a plan brings."""
+    b = batch(MIXED, OWN, together=[[0, 3, 6]])
+    a = arguments(*b.tensors, torch.empty_like(b.tensors[0]), None, sharing=b.sharing)
+    a.rows = 0
+    assert (machine.schedule(a, SMALL).blocks, machine.schedule(a, SMALL).workspace_bytes) == (0, 0)

@@ -91,6 +91,25 @@ def test_one_place_serves_every_plan_of_its_capacity():
         Right.of(call).errors({"out": out, "lse": lse})
 
 
+def test_e4m3_prefixes_with_a_scale_for_each_head():
+    """By the launcher alone, as the op takes none; with powers of two nothing is rounded before the products."""
+    call = GRID[SHARED](torch.bfloat16)
+    scales = torch.tensor([[2.0**-6, 2.0**-7, 2.0**-5, 2.0**-6], [2.0**-5, 2.0**-6, 2.0**-7, 2.0**-7]])
+    names = ("prefix_k", "prefix_v")
+    narrow = {
+        n: (call.tensors[n] / s[:, None, None]).to(torch.float8_e4m3fn) for n, s in zip(names, scales, strict=True)
+    }
+    wide = {n: (x.float() * s[:, None, None]).bfloat16() for (n, x), s in zip(narrow.items(), scales, strict=True)}
+    forward = dispatch.kernels(OP, "cuda").forward
+    given = (*(dict(call.tensors) | narrow).values(), None, None, call.plan()["plan"].sharing, 128**-0.5)
+    out, lse = forward(*given, None, None, True, tuple(scales))
+    Right.of(replace(call, tensors=dict(call.tensors) | wide)).errors({"out": out, "lse": lse})
+    with pytest.raises(ValueError, match="prefix_v_scale is not contiguous float32"):
+        forward(*given, None, None, True, (scales[0], scales[1, :3]))
+    with pytest.raises(ValueError, match=r"prefix_k_scale is not .* e4m3 prefixes"):
+        forward(*call.tensors.values(), *given[10:], None, None, True, tuple(scales))
+
+
 def test_an_arena_without_tokens():
     call = GRID[SHARED](torch.bfloat16)
     tensors = {n: x[:, :0] if n in ("prefix_k", "prefix_v") else x for n, x in call.tensors.items()}
@@ -127,7 +146,7 @@ def test_what_the_kernel_refuses_is_an_error_of_ours(extension):
         call.ours("cuda")
     arguments = [torch.zeros(1, 1, 64).half()] * 5 + [torch.zeros(1, 1).int(), torch.zeros(2).int()]
     with pytest.raises(ValueError, match="kv_len is not contiguous int32"):
-        extension.Decode(*arguments, torch.zeros(1).long(), *[None] * 7, 1.0, 0, 0.0, 0)
+        extension.Decode(*arguments, torch.zeros(1).long(), *[None] * 7, 1.0, 0, 0.0, 0, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -140,24 +159,26 @@ def folder(tmp_path_factory):
     return path
 
 
-def answers(folder):
-    """What an engine in half precision answers, decoding through the buffers of recordings."""
+def answers(folder, recorded):
+    """What an engine in half precision answers, decoding through the buffers of recordings or step by step."""
     options = EngineOptions(block_size=4, max_model_len=128, device_bytes=2**22)
     made = build_engine(backbone(head_dim=64).to(torch.float16), folder, options)
-    packed = PackedRunner(made.runner.backbone, made.pool.count + 1, made.pool.size)
-    made.runner = GraphRunner(packed, made.scheduler.rules.max_rows, 32, record=Again)
+    if recorded:
+        packed = PackedRunner(made.runner.backbone, made.pool.count + 1, made.pool.size)
+        made.runner = GraphRunner(packed, made.scheduler.rules.max_rows, 32, record=Again)
     prompts = ["p0", "p0", None, "p1", "p0", "p2", "p0"]
     requests = [greedy(text, name, 6) for text, name in zip(texts(7), prompts, strict=True)]
     events = run(made, requests)
     return [tokens(events[request.request_id, 0]) for request in requests]
 
 
-def test_an_engine_decodes_by_it(folder, monkeypatch):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_engine_decodes_by_it(folder, monkeypatch, recorded):
     found = []
     kernels = dispatch.kernels
     monkeypatch.setattr(dispatch, "kernels", lambda op, impl: (found.append(impl), kernels(op, impl))[1])
-    by_cuda = answers(folder)
+    by_cuda = answers(folder, recorded)
     assert found.count("cuda") > 10 and found.count("reference") > 0  # prefill
     monkeypatch.setenv("FASTPROMPT_IMPL", "reference")
     found.clear()
-    assert by_cuda == answers(folder) and set(found) == {"reference"}
+    assert by_cuda == answers(folder, recorded) and set(found) == {"reference"}

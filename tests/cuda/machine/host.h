@@ -129,7 +129,6 @@ inline void copy_bulk(char* to, const char* from, int bytes, uint64_t* barrier) 
 
 // Orders between threads and copies: memory here has one order, so these prove nothing and do nothing.
 inline void fence_bulk() {}
-inline void fence_barriers() {}
 inline void allow_next_kernel() {}
 inline void wait_for_previous_kernel() {}
 
