@@ -158,8 +158,8 @@ def test_the_kernel_gets_the_tensors_themselves(extension, need_lse):
         assert (got is None) == (want is None)
         if want is not None:
             assert (got.data_ptr(), got.shape, got.stride()) == (want.data_ptr(), want.shape, want.stride())
-    sinks, tile_of_row, tiles, scale, window, softcap, device = given[12:]
-    assert sinks.tolist() == [1.0] * 16 and (scale, window, softcap, device) == (0.3, 0, 5.0, 0)
+    sinks, tile_of_row, tiles, scale, window, softcap, device, *scales = given[12:]
+    assert sinks.tolist() == [1.0] * 16 and (scale, window, softcap, device, scales) == (0.3, 0, 5.0, 0, [None, None])
     assert tile_of_row.data_ptr() == plan.sharing.data_ptr() and torch.equal(tile_of_row, plan.sharing[:30])
     assert torch.equal(tiles, plan.tiles) and tiles.shape == (7, 16)
     workspace, size, stream = run

@@ -58,8 +58,6 @@ def run(unit: str, setting: Setting, emit: Emit) -> None:
     Once there are enough shapes for one, a table after each, should there be no time for the rest; the last one counts.
     """
     rate = setting.rates.get("memory")
-    if rate is None:
-        emit("note", text="the copy rate was not measured, so there is no table")
     points: list[Point] = []
     shapes = QUICK if setting.quick else SHAPES
     for shape in shapes:
@@ -70,6 +68,8 @@ def run(unit: str, setting: Setting, emit: Emit) -> None:
         fewest = min(Counter(point.path for point in points).values())
         if rate is not None and (shape is shapes[-1] or fewest > len(_KINDS)):
             emit("table", table=entry(points, rate, facts(setting.device)["name"], setting))
+    if rate is None:
+        emit("note", text="the copy rate was not measured, so there is no table")
 
 
 def measured(shape: Decode, setting: Setting) -> list[Point]:

@@ -30,8 +30,8 @@ def run(unit: str, setting: Setting, emit: Emit) -> None:
     if dispatch.obstacle("paged_prefix_attention", "cuda") is None:
         return emit("note", text="CUDA kernels are installed already")
     env = os.environ | {"FASTPROMPT_BUILD": "cuda", "FASTPROMPT_CUDA_ARCHS": arch(torch.cuda.get_device_capability())}
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(checkout.BUILT)]
-    command += ["--parallel", str(os.cpu_count() or 1)]  # both extensions at once
+    both_at_once = ("--parallel", str(os.cpu_count() or 1))
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", *both_at_once, "--build-lib", str(checkout.BUILT)]
     try:
         done = subprocess.run(command, cwd=checkout.ROOT, env=env, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:

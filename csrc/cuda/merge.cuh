@@ -28,14 +28,14 @@ FP_DEVICE void merge(const Call& c) {
 
   constexpr int kPairs = (D / 2 + kLanes - 1) / kLanes;
   Pair result[kPairs] = {};
-#pragma unroll 4  // so that loads do not wait for each other; a part of no weight has no values
+#pragma unroll(D == 96 ? 2 : 8 / kPairs)  // loads that do not wait for each other; a part of no weight has no values
   for (int i = 0; i < parts; ++i) {
     const float weight = shfl(share, i) * inverse;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const int d = 2 * (lane() + p * kLanes);
       Pair state = {0.0f, 0.0f};
-      if (d < D && weight != 0) state = *state_pair(c, (first + i) * D + d);
+      if (weight != 0 && d < D) state = *state_pair(c, (first + i) * D + d);
       result[p].x += weight * state.x;
       result[p].y += weight * state.y;
     }

@@ -30,12 +30,12 @@ def problem(
     for name, x in tensors.items():
         # a compiler cannot read where a tensor begins; there the kernel itself refuses what lies between vectors
         begin = 0 if torch.compiler.is_compiling() else x.storage_offset()
-        steps = (begin, *x.stride()[:-1])
-        if any(step % _VECTOR for step in steps):
-            return (
-                f"{name} begins at element {steps[0]} and has strides {list(x.stride())}, expected multiples of "
-                f"{_VECTOR} but in the last dimension"
-            )
+        for step in (begin, *x.stride()[:-1]):
+            if step % _VECTOR:
+                return (
+                    f"{name} begins at element {begin} and has strides {list(x.stride())}, expected multiples of "
+                    f"{_VECTOR} but in the last dimension"
+                )
     return None
 
 

@@ -68,7 +68,7 @@ def _lists(sharing: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 def _index(x: Tensor) -> Tensor:
     """An index tensor as the kernel reads it: int32, of a table the rows at any distance."""
-    x = x.to(torch.int32)
+    x = x if x.dtype == torch.int32 else x.to(torch.int32)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -37,7 +37,7 @@ class CudaRecording:
                 work()
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # others load prompts meanwhile
             self.result = work()
 
     def replay(self) -> None:

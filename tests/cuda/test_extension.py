@@ -178,7 +178,7 @@ def test_an_engine_decodes_by_it(folder, monkeypatch, recorded):
     kernels = dispatch.kernels
     monkeypatch.setattr(dispatch, "kernels", lambda op, impl: (found.append(impl), kernels(op, impl))[1])
     by_cuda = answers(folder, recorded)
-    assert found.count("cuda") > 10 and found.count("reference") > 0  # prefill
+    assert found.count("cuda") >= 10 and found.count("reference") > 0  # prefill
     monkeypatch.setenv("FASTPROMPT_IMPL", "reference")
     found.clear()
     assert by_cuda == answers(folder, recorded) and set(found) == {"reference"}
