@@ -45,16 +45,21 @@ def attention(dim: int, dtype: torch.dtype, *, queries: int = 1024, rich: bool =
         op.backward(out, lse, *inputs, *extra, None, out, lse, *numbers, [True] * 8)
 
 
-def paged(dim: int, dtype: torch.dtype, *, rows: int, tokens: int, shared: bool = False) -> None:
-    """Rows of 32/8 heads over pages of 16 tokens, up to 4096 a row; shared: some read their prefix together."""
+def paged(dim: int, dtype: torch.dtype, *, rows: int, tokens: int, shared: bool = False, rich: bool = False) -> None:
+    """Rows of 32/8 heads over pages of 16 tokens, up to 4096 a row; shared: some read their prefix together.
+
+    rich: with every argument there is, but for a window where prefixes are shared, which it rules out.
+    """
     op = dispatch.kernels("paged_prefix_attention", "triton")
     heads, kv_heads = 32, 8
     caches = [empty(9000, 16, kv_heads, dim, dtype=dtype) for _ in range(2)]
     arenas = [empty(kv_heads, 2048, dim, dtype=dtype) for _ in range(2)]
     indices = [empty(rows, 256), empty(rows + 1), empty(rows)]
     lists = BatchPlan.build([0] * rows, [0] * rows, capacity_rows=rows, queries=[1] * rows, device="meta").sharing
-    args = (empty(tokens, heads, dim, dtype=dtype), *caches, *indices, *arenas, empty(rows), empty(rows), None, None)
-    op.forward(*args, lists if shared else None, dim**-0.5, None, None, False)
+    sinks = empty(heads, dtype=dtype) if rich else None
+    args = (empty(tokens, heads, dim, dtype=dtype), *caches, *indices, *arenas, empty(rows), empty(rows), sinks, None)
+    window = 512 if rich and not shared else None
+    op.forward(*args, lists if shared else None, dim**-0.5, window, 30.0 if rich else None, rich)
 
 
 def merge_states() -> None:
@@ -101,6 +106,17 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "bf16 E4096", embed_prompts
     yield "bf16 E1024", lambda: grouped_linear(half)
     yield "fp32 E1024", lambda: grouped_linear(single)
+    for dim in (64, 256):
+        yield f"bf16 D{dim} one query", lambda d=dim: attention(d, half, queries=1, grad=False)
+        yield f"bf16 D{dim} all arguments", lambda d=dim: attention(d, half, rich=True)
+    for queries in (8, 16):  # tiles of 32 and 64 rows
+        yield f"bf16 D128 {queries} queries", lambda n=queries: attention(128, half, queries=n, grad=False)
+    yield "fp32 D256 all arguments", lambda: attention(256, single, rich=True, grad=False)
+    yield "bf16 D128 pages with all arguments", lambda: paged(128, half, rows=128, tokens=8192, rich=True)
+    yield (
+        "bf16 D128 all arguments and prefixes read together",
+        lambda: paged(128, half, rows=128, tokens=128, shared=True, rich=True),
+    )
 
 
 def lines(target: str) -> Iterator[dict[str, object]]:

@@ -37,9 +37,7 @@ def test_equals_the_oracle_whatever_the_pages(impl, shape, size, dims):
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("shape", [RAGGED, DECODE, ([1, 40, 3, 0, 1], [70, 41, 3, 5, 1])])
 def test_rows_cut_into_parts(monkeypatch, shape, parts):
-    from fastprompt._triton import tiles
-
-    monkeypatch.setattr(tiles, "parts", lambda *args: parts)
+    monkeypatch.setattr(costs, "parts", lambda *args: parts)
     args = arguments(shape, dtype=torch.float32, poison=float("nan"), heads=(6, 2), dims=(8, 5))
     for more in ({}, {"window": 7, "sinks": torch.randn(6)}):
         check("triton", args, **more)
@@ -83,9 +81,7 @@ def test_prefixes_read_together(queries, heads):
 @pytest.mark.usefixtures("small_tiles", "eager_sharing")
 @pytest.mark.parametrize("parts", [1, 3])
 def test_own_keys_and_prefixes_both_in_parts(monkeypatch, parts):
-    from fastprompt._triton import tiles
-
-    monkeypatch.setattr(tiles, "parts", lambda *args: parts)
+    monkeypatch.setattr(costs, "parts", lambda *args: parts)
     args, more = shared_call([1] * ROWS, dims=(33, 17))
     check("triton", args, plan=BatchPlan.build(*args[-2:], **more), softcap=3.0)
 
