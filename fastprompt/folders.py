@@ -39,7 +39,7 @@ def replace_folder(
     check_name(target.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.parent):
+        with locked(target.parent):
             _recover(target)
             check()
             _check_replaceable(target, overwrite, set(owned or files))
@@ -60,7 +60,7 @@ def remove_folder(
     target = Path(os.path.realpath(path))
     check_name(target.name)
     try:
-        with _lock(target.parent):
+        with locked(target.parent):
             _recover(target)
             check()
             _check_replaceable(target, True, set(owned))
@@ -77,7 +77,7 @@ def recover_folders(parent: str | os.PathLike[str]) -> None:
         with os.scandir(parent) as entries:
             left = {match[1] for entry in entries if (match := _LEFTOVER.fullmatch(entry.name))}
         if left:
-            with _lock(Path(parent)):  # so no writer is at work
+            with locked(Path(parent)):  # so no writer is at work
                 for name in left:
                     _recover(Path(parent, name))
 
@@ -191,8 +191,8 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's advisory lock; the system drops it when a process dies."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold an advisory lock on a folder, for one writer at a time; the system drops it when a process dies."""
     try:
         import fcntl
     except ImportError:  # not a POSIX platform

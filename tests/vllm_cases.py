@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zoo
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -22,47 +23,33 @@ from fastprompt.integrations.vllm.export import Compiler, export_folder, prepare
 
 SECRET = "a secret of the tests, long enough"
 VOCAB, LENGTHS, NAME = 512, (1, 16, 20, 32, 64, 100, 300), "backbone"
-_SIZES = dict(
+NOISE = 1.0  # added to prompts' weights: enough that hardly two of them answer alike
+_SIZES = dict(  # vLLM's kernels need heads of 32 at least
     vocab_size=VOCAB,
     hidden_size=128,
     intermediate_size=256,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=32,
     max_position_embeddings=1024,
-    bos_token_id=1,
     eos_token_id=None,
     pad_token_id=None,
     tie_word_embeddings=False,
-    initializer_range=0.15,
 )
+_HYBRID = ["sliding_attention", "full_attention", "sliding_attention"]
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gqa": ("Llama", {}),
-    "mha": ("Llama", dict(num_key_value_heads=4)),
-    "window": ("Mistral", dict(sliding_window=48)),
-    "hybrid": (
-        "Gemma3Text",
-        dict(
-            sliding_window=48,
-            query_pre_attn_scalar=32,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        ),
-    ),
+    "gqa": ("llama", {}),
+    "mha": ("llama", dict(num_key_value_heads=4)),
+    "window": ("mistral_window", dict(sliding_window=48)),
+    "hybrid": ("gemma3_text", dict(sliding_window=48, query_pre_attn_scalar=32, layer_types=_HYBRID)),
 }
 CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 def make_backbone(folder: Path, kind: str, **sizes: Any) -> Any:
     """A backbone of random weights with a tokenizer of words `w3` to `w511`; returns the model."""
-    import transformers
-
-    prefix, changes = BACKBONES[kind]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{prefix}Config")(**(_SIZES | changes | sizes))
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    name, changes = BACKBONES[kind]
+    model = zoo.causal(name, **(_SIZES | changes | sizes))
     model.save_pretrained(folder)
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, config.vocab_size)}
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, model.config.vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
@@ -99,7 +86,7 @@ class Served:
         noise = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weight in prompt.parameters():
-                weight.add_(torch.randn(weight.shape, generator=noise) * 0.3)
+                weight.add_(torch.randn(weight.shape, generator=noise) * NOISE)
         if save:
             self.model.save_prompt(name, self.prompts / name, overwrite=overwrite)
         if name not in self.names:

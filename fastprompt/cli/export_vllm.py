@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +20,21 @@ def export_to_vllm(source: Path, target: Path, backbone: str | None, dtype: str 
     A single prompt is added under its folder's name; a folder's prompts are all that the store names afterwards. What
     vLLM cannot hold is left out and said in "refused", by name. Errors: ArgumentError without a backbone.
     """
-    from fastprompt.integrations.vllm.export import export_folder, export_prompt, naming
+    from fastprompt.integrations.vllm.export import export_folder, export_prompts
     from fastprompt.prompt_format import METADATA
     from fastprompt.serving.registry import PromptRegistry
 
-    store, compiler = open_store(target, backbone, dtype)
-    if (source / METADATA).is_file():
-        entries, refused = dict[str, Any](), dict[str, str]()
-        name = source.resolve().name
-        registry = PromptRegistry(source.resolve().parent, store.backbone().spec)
-        with naming(name, refused):
-            version = registry.current(name)
-            entries[name] = export_prompt(store, name, registry.load(version), version, compiler)
-    elif source.is_dir():
-        entries, refused = export_folder(store, source, compiler)
-    else:
+    if not source.is_dir():
         raise ArgumentError(f"SRC is {source}, expected a prompt's folder, or a folder of such folders")
+    store, compiler = open_store(target, backbone, dtype)
     held = store.backbone()
+    if (source / METADATA).is_file():
+        folder, name = os.path.split(os.path.abspath(source))
+        count, refused = export_prompts(store, PromptRegistry(folder, held.spec), [name], compiler)
+    else:
+        count, refused = export_folder(store, source, compiler)
     shown = {"store": str(store.folder), "backbone": held.spec.describe(), "dtype": held.dtype}
-    return shown | {"prompts": len(entries), "refused": refused}
+    return shown | {"prompts": count, "refused": refused}
 
 
 def show(data: dict[str, Any]) -> None:
@@ -65,15 +62,19 @@ def open_store(folder: Path, backbone: str | None, dtype: str | None) -> tuple[P
         raise ArgumentError(
             f"--backbone is {backbone!r}, expected the model that vLLM runs: a folder, or an id on the hub"
         )
-    store = PrefixStore(folder)
-    wanted = dtype or (store.backbone().dtype if (store.folder / "backbone.json").exists() else None)
-    options = {} if wanted is None else {"dtype": getattr(torch, wanted)}
+    store, model = PrefixStore(folder), _where(backbone)
+    if store.exists:
+        held = store.backbone()
+        for option, given, there in (("dtype", dtype or held.dtype, held.dtype), ("backbone", model, held.model)):
+            if given != there:
+                raise ArgumentError(
+                    f"--{option} is {given!r}, and {folder} holds prefixes made with {there!r}: export into another "
+                    "folder, or remove this one"
+                )
+        dtype = held.dtype
+    options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     compiler = Compiler(lambda: load_backbone(backbone, **options))
-    held = prepare_store(store, _where(backbone), compiler)
-    if dtype not in (None, held.dtype):
-        raise ArgumentError(
-            f"--dtype is {dtype!r}, and {folder} holds prefixes in {held.dtype}: export into another folder"
-        )
+    prepare_store(store, model, compiler)
     return store, compiler
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastprompt.serving.launch import EngineConfig
 
 REPLICA_HEADER = "x-fastprompt-replica"
+_REQUEST_ID = b"x-request-id"
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _BESIDE = 64  # requests beyond those an engine queues: they are told to come again, not sent to another replica
 _FRONT_REQUESTS = 16_384
@@ -91,9 +92,9 @@ class Replica:
 
         engine = make_engine(settings.engine())
         await engine.start()
-        self._engine, self._access = engine, _access(settings)
+        self._engine = engine
         options = Options(open_metrics=settings.open_metrics, refresh_seconds=_REFRESH_SECONDS)
-        self._app = create_app(engine, self._access, options)
+        self._app = create_app(engine, _access(settings), options)
         self._name = serve.get_replica_context().replica_id.unique_id
         self._life = self._app.router.lifespan_context(self._app)
         await self._life.__aenter__()
@@ -106,12 +107,9 @@ class Replica:
             async for messages in sent:
                 for message in messages:
                     if message["type"] == "http.response.start":
-                        message["headers"] = [*message["headers"], (REPLICA_HEADER.encode(), self._name.encode())]
+                        kept = [header for header in message["headers"] if header[0] != _REQUEST_ID]  # Ray has its own
+                        message["headers"] = [*kept, (REPLICA_HEADER.encode(), self._name.encode())]
                 yield [dict(message) for message in messages]
-
-    def reconfigure(self, user_config: Any) -> None:
-        """Read the keys again; Ray Serve calls it when `user_config` changes."""
-        self._access.reload()
 
     def check_health(self) -> None:
         """Ray Serve replaces a replica for which this raises."""
@@ -132,10 +130,10 @@ class Front:
         from fastprompt.serving.http import Options
         from fastprompt.serving.relay import front
 
-        self._replicas, self._access = replicas, _access(settings)
+        self._replicas = replicas
         lost = (RayActorError, WorkerCrashedError, ObjectLostError)
         servers = front.Servers(self._ask, lost, settings.engine().served_name)
-        self._front = front.Front(servers, self._access, Options(), settings.insecure)
+        self._front = front.Front(servers, _access(settings), Options(), settings.insecure)
         self._response = front.FrontResponse
 
     async def __call__(self, request: Request) -> Response:
@@ -148,10 +146,6 @@ class Front:
                 yield messages
         finally:
             answer.cancel()  # what runs for a client that went away; nothing where it has ended
-
-    def reconfigure(self, user_config: Any) -> None:
-        """Read the keys again."""
-        self._access.reload()
 
 
 def app(settings: Settings | Mapping[str, Any]) -> Application:
@@ -175,7 +169,6 @@ def app(settings: Settings | Mapping[str, Any]) -> Application:
         num_replicas=settings.num_fronts,
         max_ongoing_requests=_FRONT_REQUESTS,
         ray_actor_options={"num_cpus": 0},
-        **{name: value for name, value in settings.options.items() if name == "user_config"},
     )
     return fronts.bind(settings, replicas)
 
@@ -193,6 +186,6 @@ def _access(settings: Settings) -> Any:
     from pathlib import Path
 
     from fastprompt import env
-    from fastprompt.serving.http import Access
+    from fastprompt.serving.http.watched_access import WatchedAccess
 
-    return Access(Path(settings.keys) if settings.keys else None, env.api_keys(), env.admin_keys())
+    return WatchedAccess(Path(settings.keys) if settings.keys else None, env.api_keys(), env.admin_keys())

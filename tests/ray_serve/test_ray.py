@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import time
 from collections import Counter
+from pathlib import Path
 
 import httpx
 import pytest
 
 import fastprompt as fp
+from bench import ray_replicas as replicas_of
 from fastprompt import demo
 
 pytest.importorskip("ray", reason="make test-ray")
-replicas_of = pytest.importorskip("bench.ray_replicas")
 
 PLAN = replicas_of.Plan(requests=80, tenants=16, clients=8, new=48, fronts=1)
 LONG = {"prompt": "The capital of", "max_tokens": 150, "min_tokens": 150, "temperature": 0}
+
+
+OLD, NEW = "the-key-before-0123", "the-key-after-0123"
+
+
+def write_key(path, key):
+    path.write_text(f'[[keys]]\nname = "one"\nkey = "{key}"\nprompts = ["*"]\n')
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    return replicas_of.answers(folder, sorted(p.name for p in folder.iterdir()), PLAN.new)
+    return replicas_of.tenants.answers(folder, sorted(p.name for p in folder.iterdir()), PLAN.new)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +77,8 @@ def test_a_prompt_stored_at_one_replica_is_there_at_the_others(client, folder):
         if {"first", "fourth"} <= {model["id"] for model in answer.json()["data"]}:
             seen[answer.headers["x-fastprompt-replica"]] += 1
     assert client.delete("/v1/prompts/first").status_code == 204
-    assert client.post("/v1/completions", json={"model": "first", "prompt": "x"}).status_code == 404
+    missing = client.post("/v1/completions", json={"model": "first", "prompt": "x"})
+    assert missing.status_code == 404 and len(missing.headers.get_list("x-request-id")) == 1
 
 
 def test_a_client_that_goes_away_takes_its_rows_with_it(client):
@@ -94,6 +106,41 @@ def test_a_stream_goes_on_at_another_replica(client):
     replicas_of.wait_for_replicas(2, without=name)
 
 
+def processes(title: bytes) -> list[int]:
+    """Processes of Ray's by what they call themselves."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended
+            if (process / "cmdline").read_bytes().startswith(b"ray::" + title):
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.parametrize("title", [b"ServeReplica:default:Front", b"ProxyActor"])
+def test_a_front_or_the_proxy_that_dies_takes_what_it_passed_on_and_no_more(client, title):
+    """Ray starts another, which finds the replicas as they were; rows that nobody waits for any more end."""
+    engines = replicas_of.replicas()
+    body = {"model": "tenant-0003", "stream": True} | LONG
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        parts = response.iter_text()
+        text = next(parts)
+        for process in processes(title):
+            os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(httpx.HTTPError):
+            text += "".join(parts)
+    assert "[DONE]" not in text
+    answered = False
+    while not answered:
+        with contextlib.suppress(httpx.HTTPError):  # without a proxy nobody listens
+            answered = client.post("/v1/completions", json={"model": "tenant-0003"} | LONG).status_code == 200
+        time.sleep(0.1)
+    assert replicas_of.replicas() == engines
+    running = dict.fromkeys(engines, 1)
+    while any(running.values()):
+        stats = client.get("/v1/stats")
+        running[stats.headers["x-fastprompt-replica"]] = stats.json()["engine"]["running"]
+
+
 def test_no_request_fails_when_a_replica_is_killed(url, expected):
     before = asyncio.run(replicas_of.ask_all(url, PLAN, expected))
     victim = before.busiest()
@@ -101,7 +148,7 @@ def test_no_request_fails_when_a_replica_is_killed(url, expected):
     assert victim not in replicas_of.replicas()
 
 
-def test_encoders_below_a_path(url, tmp_path):
+def test_encoders_below_a_path_and_keys_that_change(url, tmp_path):
     from ray import serve
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -121,14 +168,24 @@ def test_encoders_below_a_path(url, tmp_path):
         "num_replicas": "1",
         "num_fronts": "1",
         "bank_bytes": "16M",
+        "keys": str(write_key(tmp_path / "keys.toml", OLD)),
         "options": {"ray_actor_options": {"num_cpus": 0}},
     }
     serve.run(app(settings), name="encoder", route_prefix="/encoder")
+
+    def ask(key, path="classify", **asked):
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.post(f"{url}/encoder/v1/{path}", json=asked, headers=headers, timeout=600)
+
     asked = {"model": "tone", "input": ["a b"], "raw_logits": True}
-    answer = httpx.post(f"{url}/encoder/v1/classify", json=asked, timeout=600)
+    answer = ask(OLD, **asked)
     assert answer.status_code == 200, answer.text
     assert {label["label"] for label in answer.json()["data"][0]["labels"]} == {"bad", "good"}
-    assert httpx.post(f"{url}/encoder/v1/completions", json={}, timeout=600).status_code == 404
+    assert ask(OLD, "completions").status_code == 404
+    assert ask(NEW, **asked).status_code == 401
+    write_key(tmp_path / "keys.toml", NEW)
+    while ask(OLD, **asked).status_code != 401 or ask(NEW, **asked).status_code != 200:  # fronts and replicas look
+        pass
 
 
 def test_settings_that_are_wrong():

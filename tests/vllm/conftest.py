@@ -2,13 +2,22 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import vllm_cases
-from vllm_cases import SECRET, Served
+from vllm_cases import NAME, SECRET, Served
+
+from fastprompt import PromptedModel
 
 INSTALLED = getattr(importlib.util.find_spec("vllm"), "origin", None) is not None  # this folder has the name too
-ALONE = {"test_store.py", "test_tickets.py", "test_export.py"}  # what runs without vLLM
+ALONE = {
+    "test_store.py",
+    "test_tickets.py",
+    "test_export.py",
+    "test_paths.py",
+    "test_writers.py",
+}  # what runs without vLLM
 
 if INSTALLED:
     os.environ |= {
@@ -34,3 +43,9 @@ def _with_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A backbone with grouped heads and prompts of every kind and length; tests that change prompts make their own."""
     return vllm_cases.serve(tmp_path_factory.mktemp("gqa"))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Served:
+    """A backbone of two layers, and no prompts yet."""
+    return Served(tmp_path, PromptedModel(vllm_cases.make_backbone(tmp_path / NAME, "gqa", num_hidden_layers=2)))

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import vllm_cases
-from vllm_cases import NAME
 
 from fastprompt import PrefixTuning, PromptedModel, PromptTuning, PTuningV2
 from fastprompt.cli.export_vllm import export_to_vllm
@@ -14,12 +13,6 @@ from fastprompt.integrations.vllm import PrefixStore, PromptedInputs
 from fastprompt.integrations.vllm.launch import VllmServer
 from fastprompt.prompts import PromptHead
 from fastprompt.spec import Prefix
-
-
-@pytest.fixture
-def small(tmp_path):
-    model = PromptedModel(vllm_cases.make_backbone(tmp_path / NAME, "gqa", num_hidden_layers=2))
-    return vllm_cases.Served(tmp_path, model)
 
 
 def export(served, source=None, **options):
@@ -50,8 +43,12 @@ def test_a_folder_is_exported_and_brought_up_to_date(small):
     (small.prompts / "soft").rename(small.folder / "elsewhere")
     assert export(small)["prompts"] == 1
     assert small.store.names() == ["deep"]
-    export(small, small.folder / "elsewhere")  # one more prompt, under its folder's name
-    assert small.store.names() == ["deep", "elsewhere"]
+    (small.folder / "linked").symlink_to(small.folder / "elsewhere")
+    export(small, small.folder / "linked")  # one more prompt, under its folder's name
+    assert small.store.names() == ["deep", "linked"]
+    small.store._name_path("deep").write_text("{")
+    assert export(small)["prompts"] == 1  # the folder alone again, and what was damaged is whole
+    assert small.store.names() == ["deep"] and small.store.current("deep").length == 9
 
 
 def test_what_vllm_cannot_hold_is_left_out_and_said(small):
@@ -88,6 +85,7 @@ def test_the_dtype_and_the_backbone_stay(small):
         (ArgumentError, (small.prompts, small.store.folder, str(small.backbone), "int8")),
         (ArgumentError, (small.prompts, small.store.folder, "embedded", None)),
         (ArgumentError, (small.prompts, small.folder / "other", None, None)),
+        (ArgumentError, (small.prompts, small.store.folder, str(small.folder), None)),
         (ArgumentError, (small.folder / "nothing", small.store.folder, str(small.backbone), None)),
     ):
         with pytest.raises(error):
@@ -125,7 +123,7 @@ def test_the_servers_command_line(tmp_path):
     assert config["kv_connector_extra_config"]["prompts"] == str(tmp_path / "p")
     held = server.environment({"VLLM_PLUGINS": "other", "PATH": "x"})
     assert held["VLLM_PLUGINS"] == "other,fastprompt" and len(held["FASTPROMPT_VLLM_SECRET"]) >= 32
-    for more in (["--kv-transfer-config={}"], ["--enable-lora"], ["--api-key", "x"]):
+    for more in (["--kv-transfer-config={}"], ["--enable-lora"], ["--api_key", "x"], ["--kv-transfer", "{}"]):
         with pytest.raises(ArgumentError, match=f"{more[0].partition('=')[0]} cannot be given"):
             VllmServer("m", "n", tmp_path, more=more).command()
 

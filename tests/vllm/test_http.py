@@ -1,6 +1,7 @@
 """vLLM's HTTP server with prompts: by name, for those who may, and administered as the embedded server's are."""
 
 import io
+import json
 import zipfile
 
 import pytest
@@ -183,6 +184,21 @@ def test_prompts_come_change_and_go_while_it_runs(own, admin, user):
     assert admin.call("DELETE", "/v1/prompts/new").status == 404
     assert "new" not in [m["id"] for m in user.call("GET", "/v1/models")["data"]]
     assert words(complete(user, "embedded")) == expected(own, "embedded")
+
+
+def test_a_prompt_that_is_deleted_answers_who_asked_before(own, admin, user):
+    new = 400
+    own.add("going", PrefixTuning(num_virtual_tokens=33), seed=70, save=False)
+    assert admin.call("PUT", "/v1/prompts/going", archive(own, "going")).status == 201
+    body = {"model": "going", "prompt": list(IDS), "max_tokens": new, "temperature": 0, "ignore_eos": True}
+    with user.open("POST", "/v1/completions", body | {"stream": True, "return_token_ids": True}) as response:
+        lines = [response.readline()]
+        assert admin.call("DELETE", "/v1/prompts/going").status == 204
+        assert complete(user, "going").status == 404
+        lines += response.readlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+    said = [token for event in events for choice in event["choices"] for token in choice["token_ids"] or ()]
+    assert said == own.expected([("going", IDS)], new)[0]
 
 
 def test_uploads_that_vllm_cannot_hold_are_refused(own, admin):

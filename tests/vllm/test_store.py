@@ -1,6 +1,8 @@
 """The folder that vLLM reads prompts from."""
 
+import json
 import os
+import shutil
 import time
 from dataclasses import replace
 
@@ -43,6 +45,15 @@ def test_a_prefix_is_mapped_token_by_token(store, dtype):
     for layer in range(3):
         assert torch.equal(mapped.keys[layer], prefix().keys[layer].transpose(0, 1).to(dtype))
         assert torch.equal(mapped.values[layer], prefix().values[layer].transpose(0, 1).to(dtype))
+
+
+def test_a_mapped_prefix_holds_no_descriptor(store):
+    """Thousands are mapped by one process, and a process may often open a thousand files only."""
+    digest = put(store, "a")
+    held = len(os.listdir("/proc/self/fd"))
+    mapped = [store.map(digest) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == held
+    assert all(torch.equal(m.keys, mapped[0].keys) for m in mapped)
 
 
 def test_names_are_found_by_other_objects_over_the_folder(store):
@@ -93,6 +104,23 @@ def test_a_damaged_file_is_told(store, harm):
         store.map("0" * 64)
 
 
+def test_links_are_followed_to_what_they_lead_to_now(store, tmp_path):
+    path, elsewhere = store._prefix_path(put(store, "a")), tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    prefixes, digest = Prefixes(store), store.current("a").digest
+    assert prefixes.get(digest).length == 5
+    elsewhere.write_bytes(elsewhere.read_bytes()[:-1] + b"\0")
+    with pytest.raises(PromptFileError, match="does not match"):
+        prefixes.get(digest)
+    path.unlink()
+    for make in (lambda: os.mkfifo(path), lambda: path.symlink_to(path), path.mkdir):  # none is waited for
+        make()
+        with pytest.raises(PromptFileError):
+            prefixes.get(digest)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
 def test_what_is_mapped_is_looked_at_again_when_its_file_changes(store):
     digest = put(store, "a")
     prefixes = Prefixes(store, capacity=2)
@@ -129,10 +157,18 @@ def test_a_store_is_one_backbones(store, tmp_path):
 
 def test_damaged_entries_are_told(store):
     put(store, "a")
-    for text in ("{", "[]", '{"digest": 1}'):
-        (store.folder / "names" / "a.json").write_text(text)
+    path = store.folder / "names" / "a.json"
+    whole = json.loads(path.read_text())
+    wrong = [whole | change for change in ({"digest": 1}, {"digest": "../a"}, {"length": "5"}, {"length": 0}, {"x": 1})]
+    for text in ("{", "[]", '{"digest": 1}', *map(json.dumps, wrong)):
+        path.write_text(text)
         with pytest.raises(PromptFileError, match=r"a\.json"):
             store.current("a")
+    shutil.rmtree(store.folder / "names")
+    (store.folder / "names").write_text("no folder")
+    for call in (store.names, lambda: store.current("a"), lambda: store.set_name("a", ENTRY), store.collect):
+        with pytest.raises(PromptFileError, match="names"):
+            call()
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])

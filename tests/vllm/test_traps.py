@@ -122,3 +122,7 @@ def test_hardened_a_request_that_claims_a_prompt_wrongly_fails_alone(twins):
         assert tokens([outputs[0], outputs[-1]]) == [a, b]
         assert failed(outputs[1:-1]) == ["error"] * len(wrong)
         assert tokens(generate(llm, [good["b"], good["a"]], NEW)) == [b, a]
+        # of one token there is none that could fail to load: it is text like any other, under a salt that opens nothing
+        alone, bare = {"prompt_token_ids": [44]}, twins.expected([(None, (44,))], 64)
+        assert tokens(generate(llm, [alone | {"cache_salt": other_server["cache_salt"]}], 64)) == bare
+        assert tokens(generate(llm, [good["a"], alone], 64)) == twins.expected([("a", TEXT), (None, (44,))], 64)

@@ -6,14 +6,16 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastprompt.errors import PromptFileError, PromptNotFoundError, UnsupportedError
+from fastprompt.errors import PromptChangedError, PromptFileError, PromptNotFoundError, UnsupportedError
 from fastprompt.folders import replace_folder
-from fastprompt.integrations.vllm.export import check_prompt, entry_of, store_prefix
-from fastprompt.integrations.vllm.store import Entry, PrefixStore
+from fastprompt.integrations.vllm.export import check_prompt, entry_of, store_prefix, while_stands
+from fastprompt.integrations.vllm.store import GRACE_SECONDS, Entry, PrefixStore
 from fastprompt.prompt_format import METADATA, WEIGHTS, parse_metadata, parse_prompt
 from fastprompt.prompts import SoftPrompt
 from fastprompt.serving.archives import unpack
@@ -38,6 +40,7 @@ class ExportedPrompts:
 
     def __init__(self, store: PrefixStore, prompts: Path | None) -> None:
         self.store = store
+        self._collected = time.monotonic()  # as of the start, when the folder was exported
         self._registry = None if prompts is None else PromptRegistry(prompts, store.backbone().spec)
 
     def __len__(self) -> int:
@@ -45,11 +48,10 @@ class ExportedPrompts:
 
     def __contains__(self, name: object) -> bool:
         try:
-            return isinstance(name, str) and bool(self.store.current(name))
+            self._intact(str(name))
         except PromptNotFoundError:
             return False
-        except PromptFileError:
-            return True
+        return True
 
     def names(self, after: str | None = None, limit: int | None = None) -> list[str]:
         """Sorted names, those behind `after` only and at most `limit` of them."""
@@ -86,7 +88,9 @@ class ExportedPrompts:
         check_prompt(name, prompt)
         digest = self._digest(prompt, stored)
         version = registry.put(name, stored, if_match=if_match, if_none_match=if_none_match)
-        self.store.set_name(name, entry_of(version, digest))
+        with suppress(PromptChangedError):  # somebody else replaced it already, and what they stored stays
+            self.store.set_name(name, entry_of(version, digest), while_stands(registry, name, version.version))
+        self._collect()
         return version
 
     def put_archive(self, name: str, data: bytes, **conditions: Any) -> PromptVersion:
@@ -94,16 +98,35 @@ class ExportedPrompts:
         return self.put(name, unpack(data, MAX_BYTES), **conditions)
 
     def delete(self, name: str, *, if_match: str | None = None) -> Entry | None:
-        """Remove a prompt from the folder and the store. Errors: PromptNotFoundError, ConflictError."""
-        registry = self._writable()
-        held = self.store.current(name)
+        """Remove a prompt from the folder and the store; what it was, None for a damaged one.
+
+        Errors: PromptNotFoundError, ConflictError.
+        """
+        registry, held = self._writable(), self._intact(name)
         try:
             registry.delete(name, if_match=if_match)
         except PromptNotFoundError:  # it was exported from elsewhere, or removed by somebody else
-            if if_match not in (None, "*", held.version):
+            if if_match not in (None, "*", held and held.version):
                 raise
-        self.store.remove_name(name)
+        with suppress(PromptChangedError):  # somebody else stored another one already
+            self.store.remove_name(name, while_stands(registry, name, None))
+        self._collect()
         return held
+
+    def _intact(self, name: str) -> Entry | None:
+        """What a name stands for, None for a damaged entry. Errors: PromptNotFoundError."""
+        try:
+            return self.store.current(name)
+        except PromptFileError:
+            return None
+
+    def _collect(self) -> None:
+        """Now and then, remove what replaced and deleted prompts left."""
+        now = time.monotonic()
+        if now - self._collected > GRACE_SECONDS:
+            self._collected = now
+            with suppress(PromptFileError):
+                self.store.collect()
 
     def _digest(self, prompt: SoftPrompt, stored: Mapping[str, bytes]) -> str:
         """The digest of the prompt's prefix, which is in the store then."""
@@ -127,7 +150,8 @@ def compile_apart(store: PrefixStore, prompt: Path) -> str:
     command = [sys.executable, "-m", "fastprompt.integrations.vllm.compile", str(store.folder), str(prompt)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UnsupportedError(f"the prompt could not be compiled for vLLM: {done.stderr.strip().splitlines()[-1:]}")
+        said = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
+        raise UnsupportedError(f"the prompt could not be compiled for vLLM: {said[-1]}")
     digest: str = json.loads(done.stdout.splitlines()[-1])["digest"]
     return digest
 

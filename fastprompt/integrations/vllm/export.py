@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastprompt.errors import FastPromptError, UnsupportedError
+from fastprompt.errors import FastPromptError, PromptChangedError, PromptNotFoundError, UnsupportedError
 from fastprompt.integrations.vllm.prefix_file import prefix_bytes
 from fastprompt.integrations.vllm.store import Entry, PrefixStore, StoreBackbone
 from fastprompt.prompts import SoftPrompt
+from fastprompt.serving.registry import PromptRegistry
 from fastprompt.serving.versions import PromptVersion
 from fastprompt.spec import BackboneSpec, Prefix, unflatten
 
 Compile = Callable[[Sequence[torch.Tensor]], Sequence[Prefix]]
+_TRIES = 5  # looks at a prompt that others keep replacing
 
 
 def check_backbone(spec: BackboneSpec) -> None:
@@ -74,14 +76,62 @@ def entry_of(version: PromptVersion, digest: str) -> Entry:
     )
 
 
-def export_prompt(store: PrefixStore, name: str, prompt: SoftPrompt, version: PromptVersion, compile: Compile) -> Entry:
-    """Write a prompt's prefix and let the name stand for it.
+def export_prompt(store: PrefixStore, registry: PromptRegistry, name: str, compile: Compile) -> Entry:
+    """Let a name stand in the store for what it stands for in a folder of prompts; the store's entry is removed where
+    that is nothing, or nothing that vLLM's pages can hold.
 
-    Errors: UnsupportedError for a prompt that vLLM's pages cannot hold; PromptFileError where the disk fails.
+    Semantics: a version that is there already is left as it is; one that is replaced meanwhile is looked at again.
+    Errors: PromptNotFoundError; PromptFileError for a damaged prompt, or where the disk fails; UnsupportedError.
     """
+    for _ in range(_TRIES):
+        seen = _version(registry, name)
+        check = while_stands(registry, name, seen)
+        try:
+            return _up_to_date(store, name, seen) or _export(store, registry, name, compile, check)
+        except PromptChangedError:
+            continue
+        except FastPromptError:
+            with suppress(PromptChangedError):
+                store.remove_name(name, check)
+            raise
+    raise PromptChangedError(f"prompt {name!r} was replaced {_TRIES} times while it was exported: export it again")
+
+
+def while_stands(registry: PromptRegistry, name: str, version: str | None) -> Callable[[], None]:
+    """What raises PromptChangedError unless a name stands for this version in the folder, None for none that is
+    intact; a write to the store goes with it that must not undo a later one."""
+
+    def check() -> None:
+        if _version(registry, name) != version:
+            raise PromptChangedError(f"prompt {name!r} has changed since it was looked up: look it up again")
+
+    return check
+
+
+def _version(registry: PromptRegistry, name: str) -> str | None:
+    try:
+        return registry.current(name).version
+    except FastPromptError:
+        return None
+
+
+def _up_to_date(store: PrefixStore, name: str, version: str | None) -> Entry | None:
+    """What the store has of a version already."""
+    try:
+        held = store.current(name)
+    except FastPromptError:
+        return None
+    return held if held.version == version and store.has_prefix(held.digest) else None
+
+
+def _export(
+    store: PrefixStore, registry: PromptRegistry, name: str, compile: Compile, check: Callable[[], None]
+) -> Entry:
+    version = registry.current(name)
+    prompt = registry.load(version)
     check_prompt(name, prompt)
     entry = entry_of(version, store_prefix(store, to_prefix(prompt, store.backbone().spec, compile)))
-    store.set_name(name, entry)
+    store.set_name(name, entry, check)
     return entry
 
 
@@ -113,53 +163,38 @@ def prepare_store(store: PrefixStore, model: str, compiler: Compiler) -> StoreBa
 
     Errors: UnsupportedError for a backbone whose prompts vLLM cannot hold.
     """
-    try:
+    if store.exists:
         return store.backbone()
-    except FastPromptError:
-        found = compiler.backbone
+    found = compiler.backbone
     check_backbone(found.spec)
     made = StoreBackbone(model, str(found.dtype).removeprefix("torch."), found.spec)
     store.open_for(made)
     return made
 
 
-@contextmanager
-def naming(name: str, refused: dict[str, str]) -> Iterator[None]:
-    """Note what is wrong with one prompt of many under its name, and go on."""
-    try:
-        yield
-    except FastPromptError as error:
-        refused[name] = str(error)
-
-
-def export_folder(store: PrefixStore, prompts: Path, compiler: Compiler) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Bring a store up to date with a folder of prompts: what its names stand for now, and what was refused, and why.
-
-    Semantics: prompts that are there in the same version are left as they are; names whose prompts have gone, or are
-    refused now, are removed.
-    """
-    from fastprompt.serving.registry import PromptRegistry
-
-    registry = PromptRegistry(prompts, store.backbone().spec)
-    entries: dict[str, Entry] = {}
+def export_prompts(
+    store: PrefixStore, registry: PromptRegistry, names: Iterable[str], compile: Compile
+) -> tuple[int, dict[str, str]]:
+    """Export prompts by name: how many the store has of them now, and what was refused, and why."""
+    there = 0
     refused: dict[str, str] = {}
-    for name in registry.names():
-        with naming(name, refused):
-            version = registry.current(name)
-            entries[name] = _up_to_date(store, version) or export_prompt(
-                store, name, registry.load(version), version, compiler
-            )
-    for name in store.names():
-        if name not in entries:
-            store.remove_name(name)
+    for name in names:
+        try:
+            export_prompt(store, registry, name, compile)
+            there += 1
+        except PromptNotFoundError:  # it has gone, also from the store
+            continue
+        except FastPromptError as error:
+            refused[name] = str(error)
+    return there, refused
+
+
+def export_folder(store: PrefixStore, prompts: Path, compile: Compile) -> tuple[int, dict[str, str]]:
+    """Bring a store up to date with a folder of prompts: names whose prompts have gone are removed.
+
+    Returns what `export_prompts` does.
+    """
+    registry = PromptRegistry(prompts, store.backbone().spec)
+    done = export_prompts(store, registry, sorted({*registry.names(), *store.names()}), compile)
     store.collect()
-    return entries, refused
-
-
-def _up_to_date(store: PrefixStore, version: PromptVersion) -> Entry | None:
-    """What the store has of a version already."""
-    try:
-        held = store.current(version.name)
-    except FastPromptError:
-        return None
-    return held if held.version == version.version and store.has_prefix(held.digest) else None
+    return done

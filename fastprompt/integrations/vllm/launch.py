@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastprompt import env
 from fastprompt.errors import ArgumentError
@@ -42,7 +43,7 @@ class VllmServer:
 
     def command(self) -> list[str]:
         """The command line. Errors: ArgumentError for options in `more` that would undo others."""
-        taken = [name for option in self.more if (name := option.partition("=")[0]) in OURS]
+        taken = [option.partition("=")[0] for option in self.more if _is_ours(option)]
         if taken:
             raise ArgumentError(f"{', '.join(taken)} cannot be given to vLLM: fastprompt serve sets or refuses it")
         settings: dict[str, Any] = {"insecure": self.insecure, "open_metrics": self.open_metrics}
@@ -72,7 +73,13 @@ class VllmServer:
             "FASTPROMPT_VLLM_SECRET": env.vllm_secret() or secrets.token_hex(32),
         }
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Become that server: this process ends with it, and signals reach it."""
         command = self.command()
         os.execve(command[0], command, self.environment(env.inherited()))
+
+
+def _is_ours(option: str) -> bool:
+    """Whether it is an option of `OURS` as vLLM reads it: also shortened, with underscores, or for a part of JSON."""
+    name = re.split(r"[=.]", option)[0].replace("_", "-")
+    return len(name) > 2 and any(known.startswith(name) for known in OURS)

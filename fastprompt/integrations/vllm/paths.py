@@ -10,7 +10,8 @@ from fastprompt.serving.http.state import Server
 
 PROMPTED = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/prompts"})
 PROMPTED_FOLDERS = ("/v1/models/", "/v1/prompts/")  # each looks at the key itself
-BARE = frozenset({"/v1/responses", "/v1/messages", "/inference/v1/generate", "/tokenize", "/detokenize", "/version"})
+UNCOUNTED = frozenset({"/v1/responses", "/v1/messages", "/inference/v1/generate"})  # vLLM's own write as they like
+BARE = UNCOUNTED | {"/tokenize", "/detokenize", "/version"}
 
 
 class Paths:
@@ -18,7 +19,7 @@ class Paths:
 
     Semantics:
         completions, chats, models, prompts     as their routes say
-        what the backbone alone answers         for keys that may use it
+        what the backbone alone answers         for keys that may use it; what writes texts, without a limit of tokens
         anything else                           for administrators; metrics as the server was told
         websockets                              closed: no key came with them
     """
@@ -40,6 +41,13 @@ class Paths:
             return None
         if path == "/metrics" and self.server.options.open_metrics:
             return None
+        if path in UNCOUNTED and caller.limiter.tokens is not None:
+            return ApiError(
+                403,
+                "This key has a limit of tokens, which are not counted here: use /v1/completions or "
+                "/v1/chat/completions.",
+                code="permission_denied",
+            )
         if path in BARE:
             return None if caller.may_use(self.server.engine.name) else not_found()
         return denied()

@@ -30,6 +30,7 @@ from fastprompt.serving.http.metrics import Metrics
 from fastprompt.serving.http.options import Options
 from fastprompt.serving.http.server import binding
 from fastprompt.serving.http.state import Server
+from fastprompt.serving.http.watched_access import WatchedAccess
 
 HANDLERS = {"openai_serving_completion": "create_completion", "openai_serving_chat": "create_chat_completion"}
 PATHS = ("/v1/models", "/v1/models/{name:path}", "/v1/prompts", "/v1/prompts/{name}")
@@ -58,7 +59,7 @@ class PromptEndpoints:
         """Put the gate before all of vLLM's routes, and the routes of `PATHS` among them."""
         check_installed()
         settings = _settings(getattr(app.state.args, "kv_transfer_config", None))
-        access = Access(_path(settings.get("keys")), env.api_keys(), env.admin_keys())
+        access = WatchedAccess(_path(settings.get("keys")), env.api_keys(), env.admin_keys())
         args = app.state.args
         place = binding(args.host or "0.0.0.0", args.port or 0, access, bool(settings.get("insecure")))
         options = Options(
@@ -107,7 +108,7 @@ def _path(value: Any) -> Path | None:
 
 
 def _server(face: Any, access: Access, options: Options) -> Server:
-    disk = ThreadPoolExecutor(2, "fastprompt-disk")
+    disk = ThreadPoolExecutor(options.max_uploads + 1, "fastprompt-disk")  # one looks while others compile
     uploads = asyncio.Semaphore(options.max_uploads)
     pieces: Any = None  # what only the embedded engine's answers need
     return Server(face, access, options, Metrics(), pieces, uploads, disk)

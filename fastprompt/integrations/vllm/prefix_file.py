@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -40,11 +39,6 @@ class MappedPrefix:
         return self.keys.shape[1]
 
     @property
-    def bytes(self) -> int:
-        """Of the file."""
-        return self.stamp[1]
-
-    @property
     def unchanged(self) -> bool:
         """Whether the file is as it was when it was checked: not written to, touched, replaced or removed."""
         try:
@@ -54,37 +48,33 @@ class MappedPrefix:
 
 
 def map_prefix(path: Path, digest: str) -> MappedPrefix:
-    """Map a prefix file whose SHA-256 must be `digest`.
+    """Map a prefix file whose SHA-256 must be `digest`; no file descriptor stays open.
 
     Errors: PromptFileError for a file that is missing, truncated or altered.
     """
     try:
-        with open(path, "rb") as file:
-            stamp = _stamp(os.fstat(file.fileno()))
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch asks for memory it may write
+        stamp = _stamp(os.stat(path))
+        content = torch.from_file(os.fspath(path), shared=False, size=stamp[1], dtype=torch.uint8)
     except FileNotFoundError:
         raise PromptFileError(f"{path} does not exist: the prompt was removed, or never exported") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError) as error:
         raise PromptFileError(f"{path} cannot be mapped ({error}): export the prompt again") from None
-    if sha256(mapped).hexdigest() != digest:
+    if sha256(content.numpy().data).hexdigest() != digest:
         raise PromptFileError(f"{path} does not match its digest: it is truncated or altered; export the prompt again")
     try:
-        keys, values = (_tensor(mapped, name) for name in ("keys", "values"))
-    except (KeyError, ValueError, TypeError, struct.error) as error:
+        keys, values = (_tensor(content, name) for name in ("keys", "values"))
+    except (KeyError, ValueError, TypeError, struct.error, RuntimeError) as error:
         raise PromptFileError(f"{path} is no prefix file ({error!r}): export the prompt again") from None
     return MappedPrefix(path, stamp, keys, values)
 
 
-def _tensor(mapped: mmap.mmap, name: str) -> torch.Tensor:
+def _tensor(content: torch.Tensor, name: str) -> torch.Tensor:
     """A tensor of a safetensors file, in place: 8 bytes of length, a JSON header, the numbers."""
-    (size,) = struct.unpack("<Q", mapped[:8])
-    entry = json.loads(mapped[8 : 8 + size])[name]
+    (size,) = struct.unpack("<Q", bytes(content[:8].numpy().data))
+    entry = json.loads(bytes(content[8 : 8 + size].numpy().data))[name]
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry["dtype"]]
-    shape, begin = entry["shape"], 8 + size + entry["data_offsets"][0]
-    count = 1
-    for extent in shape:
-        count *= extent
-    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin).view(shape)
+    begin, end = (8 + size + offset for offset in entry["data_offsets"])
+    return content[begin:end].view(dtype).view(entry["shape"])
 
 
 def _stamp(status: os.stat_result) -> Stamp:

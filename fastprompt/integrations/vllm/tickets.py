@@ -13,7 +13,8 @@ from fastprompt.errors import ArgumentError
 MIN_SECRET = 32  # characters
 CODE_IDS = 16  # token ids that placeholders are made of: one for each hexadecimal digit of a digest
 _MARK = "fp1"
-_SALT = re.compile(rf"{_MARK}-([0-9a-f]{{64}})-([1-9][0-9]{{0,6}})-([0-9a-f]{{8}})-([0-9a-f]{{32}})")
+_BODY = re.compile(r"([0-9a-f]{64})-([1-9][0-9]{0,6})")
+_SALT = re.compile(rf"{_MARK}-{_BODY.pattern}-([0-9a-f]{{8}})-([0-9a-f]{{32}})")
 
 
 class ForgedSaltError(ArgumentError):
@@ -26,6 +27,14 @@ class Ticket:
 
     digest: str
     length: int
+
+
+def check_ticket(ticket: Ticket) -> None:
+    """Raise ArgumentError for a ticket that no salt can spell."""
+    if not isinstance(ticket.length, int) or _BODY.fullmatch(f"{ticket.digest}-{ticket.length}") is None:
+        raise ArgumentError(
+            f"digest is {ticket.digest!r} and length {ticket.length!r}, expected 64 hexadecimal digits and a number"
+        )
 
 
 class Seal:
