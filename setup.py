@@ -37,6 +37,7 @@ NUMBERS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own intrinsics
 CHECKED = ["-O1", "-g", "-fno-omit-frame-pointer", *WARNINGS, *SANITIZE]
+OPTIMIZED = ["-O3", "-DNDEBUG"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86 = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
@@ -186,7 +187,7 @@ class NinjaBuild(build_ext):
 
 def build_file(sources: list[Path], library: str) -> str:
     """The text of build.ninja for the C++ kernels."""
-    flags = [*COMMON, *NUMBERS, *(CHECKED if DEBUG else ["-O3"]), "-I", str(ROOT / "csrc")]
+    flags = [*COMMON, *NUMBERS, *(CHECKED if DEBUG else OPTIMIZED), "-I", str(ROOT / "csrc")]
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     link = [*(SANITIZE if DEBUG else []), "-pthread", *shlex.split(os.environ.get("LDFLAGS", ""))]
     lines = [
@@ -213,7 +214,7 @@ def cuda_build_file(sources: list[Path], library: str) -> str:
         codes.append(f"-gencode=arch=compute_{plain[-1]},code=compute_{plain[-1]}")
         archs[archs.index(plain[-1])] += "+PTX"
     told = f'-DFASTPROMPT_CUDA_ARCHS="{";".join(archs)}"'
-    flags = [*COMMON, "-O3", "-I", str(ROOT / "csrc"), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*COMMON, *OPTIMIZED, "-I", str(ROOT / "csrc"), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     link = [f"-Xcompiler={flag.replace(',', chr(92) + ',')}" for flag in shlex.split(os.environ.get("LDFLAGS", ""))]
     nvcc = cuda_compiler()
     linker = [*nvcc, "-shared", "--cudart", "static"]

@@ -17,8 +17,8 @@ from fastprompt import env
 from fastprompt.errors import ArgumentError, ImplementationError
 
 _NOT_BUILT = {
-    "_native": "install fastprompt where a C++17 compiler works (FASTPROMPT_BUILD=cpu says what is missing), or set "
-    "FASTPROMPT_IMPL=reference",
+    "_native": "install fastprompt from source where a C++17 compiler works (FASTPROMPT_BUILD=cpu says what is "
+    "missing), or set FASTPROMPT_IMPL=reference",
     "_native_cuda": "install fastprompt with FASTPROMPT_BUILD=cuda where there is nvcc",
 }
 _CUDA = 2  # DLPack's number of the device

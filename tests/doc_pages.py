@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ PAGES = [
     ROOT / "kernels" / "triton" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 _SETTING = re.compile(r"[A-Z_]+=")  # before a command: OMP_NUM_THREADS=2 python ...
 
 
@@ -30,8 +32,11 @@ def languages(page: Path) -> set[str]:
 
 
 def prose(page: Path) -> str:
-    """The page without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    """The page without its fenced blocks; of a notebook its text without code and outputs."""
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        text = "\n\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def table(page: Path, first: str) -> list[list[str]]:

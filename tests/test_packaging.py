@@ -44,3 +44,4 @@ def test_kernels_does_not_shadow_the_package_of_that_name():
 def test_the_package_is_typed_and_has_a_version():
     assert (ROOT / "fastprompt" / "py.typed").is_file()
     assert fastprompt.__version__.count(".") == 2
+    assert f"\nversion: {fastprompt.__version__}\n" in (ROOT / "CITATION.cff").read_text()

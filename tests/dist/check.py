@@ -1,107 +1,155 @@
-"""Builds wheel and sdist as a user would, and tries them in fresh environments, with and without a compiler.
+"""Tries the sdist and the wheels of `make wheels` as users would: what pip picks, what runs, what builds from source.
 
 The fresh environments see torch and the other dependencies of the one that runs this, and nothing of the source tree.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
 import time
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-USE = Path(__file__).with_name("use.py")
-NATIVE = (".cpp", ".h", ".cu", ".cuh")
+import contents
+
+HERE = Path(__file__).parent
+NOTHING: Mapping[str, str] = {}
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
+ALL_TAKEN = """#!/bin/sh
+for last; do :; done # what a compiler is told to make stands last
+: >"$last"
+"""
 
 
-def run(*command: str | Path, fails: bool = False, **env: str) -> str:
-    """Output of a command that must succeed, or must fail, away from the source tree."""
+def ran(
+    *command: str | Path, fails: bool = False, env: Mapping[str, str] = NOTHING
+) -> subprocess.CompletedProcess[str]:
+    """A command that must succeed, or must fail, away from the source tree."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTPROMPT_", "PYTHONPATH"))}
     done = subprocess.run(
-        [str(part) for part in command],
-        cwd=tempfile.gettempdir(),
-        env=clean | env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        [str(part) for part in command], cwd=tempfile.gettempdir(), env={**clean, **env}, text=True, capture_output=True
     )
     if bool(done.returncode) != fails:
-        raise SystemExit(f"{' '.join(map(str, command))} returned {done.returncode}:\n{done.stdout}")
-    return done.stdout
+        raise SystemExit(f"{' '.join(map(str, command))} returned {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done
 
 
-def environment(folder: Path) -> Path:
-    """The Python of a fresh environment, with our dependencies and without fastprompt."""
-    run(sys.executable, "-m", "venv", folder)
-    python = folder / "bin" / "python"
-    packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    ours = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-    Path(packages, "dependencies.pth").write_text("\n".join(ours))
-    return python
+def run(*command: str | Path, fails: bool = False) -> str:
+    """What a command prints; not what it warns of."""
+    return ran(*command, fails=fails).stdout
 
 
-def install(folder: Path, what: Path, *options: str, **env: str) -> Path:
-    """A fresh environment with `what` installed."""
-    python = environment(folder)
-    run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", *options, what, **env)
-    return python
+def pip(*arguments: str | Path, fails: bool = False, env: Mapping[str, str] = NOTHING) -> str:
+    """All that pip and what it builds say."""
+    done = ran(sys.executable, "-m", "pip", *arguments, fails=fails, env=env)
+    return done.stdout + done.stderr
 
 
 def step(text: str) -> None:
     print(f"[{time.perf_counter() - BEGIN:4.0f} s] {text}", flush=True)
 
 
-def built(folder: Path) -> tuple[Path, Path]:
-    """Wheel and sdist, the wheel built from the sdist, both in isolation."""
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
-    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    assert sum(n.startswith("fastprompt/_native.") for n in names) == 1 and "fastprompt/_cpu/__init__.py" in names
-    assert {"fastprompt/costs.json", "fastprompt/_cuda/__init__.py"} <= set(names)
-    assert not any(n.startswith(("csrc/", "tests/")) for n in names)
-    with tarfile.open(sdist) as archive:
-        held = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in NATIVE}
-    assert sources <= held, sources - held
-    return wheel, sdist
+def check_choice(wheels: contents.Wheels, scratch: Path) -> None:
+    """pip takes the native wheel where its Python and its platform are, and the pure one everywhere else."""
+    mine, other = ("3.10", "3.11") if sys.version_info[:2] == (3, 10) else ("{}.{}".format(*sys.version_info), "3.10")
+    native = ("--platform", wheels.platform)
+    for at, (target, expected) in enumerate(
+        (
+            ((), wheels.native),
+            ((*native, "--python-version", mine), wheels.native),
+            ((*native, "--python-version", other), wheels.pure),
+            (("--platform", "manylinux_2_17_x86_64", "--python-version", mine), wheels.pure),
+            (("--platform", "macosx_14_0_arm64", "--python-version", mine), wheels.pure),
+        )
+    ):
+        into = scratch / f"choice{at}"
+        only = ("--no-index", "--no-deps", "--only-binary", ":all:", "--find-links", wheels.folder)
+        pip("download", *only, *target, "--dest", into, "fastprompt")
+        taken = [path.name for path in into.iterdir()]
+        assert taken == [expected.name], (target, taken)
+    step(f"pip takes {wheels.platform} for Python {mine}, py3-none-any elsewhere")
 
 
-def main(folder: Path) -> None:
-    wheel, sdist = built(folder)
-    step(f"built {wheel.name} and {sdist.name}")
-    step(f"wheel: {run(install(folder / 'wheel', wheel), USE, 'cpu').strip()}")
-    python = install(folder / "sdist", sdist, FASTPROMPT_BUILD="cpu")
-    step(f"sdist: {run(python, USE, 'cpu').strip()}")
+def install(folder: Path, what: Path) -> Path:
+    """The Python of a fresh environment with a wheel, and types that its users see; then with our dependencies."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin" / "python"
+    pip("--python", python, "install", "--no-index", "--no-deps", what)
+    check_types(python, folder)
+    packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    ours = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    Path(packages, "dependencies.pth").write_text("\n".join(ours))
+    return python
 
-    source = folder / "source"
-    shutil.unpack_archive(sdist, source)
-    (source,) = source.iterdir()
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder / "pure", source]
-    said = run(*build, "-v", **NO_COMPILER)
+
+def check_types(python: Path, folder: Path) -> None:
+    """mypy knows what a user's program gets from the installed package, and finds its mistake."""
+    options = ("--strict", "--no-error-summary", "--cache-dir", folder / "mypy", "--python-executable", python)
+    said = run(sys.executable, "-m", "mypy", *options, HERE / "typed.py", fails=True).splitlines()
+    assert len(said) == 2 and said[0].endswith('note: Revealed type is "int"'), said
+    assert 'expected "int"  [arg-type]' in said[1], said
+
+
+def check_use(python: Path, impl: str) -> str:
+    """Ops, `fastprompt info` and `fastprompt generate` in an environment, by the implementation that must run there."""
+    said = run(python, HERE / "use.py", impl).strip()
+    command = python.with_name("fastprompt")
+    info = json.loads(run(command, "info", "--json"))
+    assert (
+        set(info["chosen"]["cpu"].values()) <= {impl, "reference"} and info["chosen"]["cpu"]["prefix_attention"] == impl
+    )
+    assert info["problem"] is None, info
+    text = ("--backbone", "embedded", "--text", "fistan =", "--max-new-tokens", "3", "--json")
+    (row,) = json.loads(run(command, "generate", *text))["rows"]
+    assert row["text"] == "fistan =" and row["output"], row
+    return said
+
+
+def check_sources(wheels: contents.Wheels, scratch: Path) -> None:
+    """Building the sdist without a compiler, with one, and where FASTPROMPT_BUILD asks for what cannot be."""
+    shutil.unpack_archive(wheels.sdist, scratch)
+    source = scratch / wheels.sdist.name.removesuffix(".tar.gz")
+    build = ("wheel", "--no-cache-dir", "--no-deps", "--no-build-isolation", "--wheel-dir", scratch / "wheels", source)
+
+    said = pip(*build, "-v", env=NO_COMPILER)
     assert "installing without C++ kernels: no C++ compiler (/nonexistent/c++: No such file" in said, said
-    (pure,) = (folder / "pure").glob("*.whl")
-    assert pure.name.endswith("-py3-none-any.whl"), pure
-    step(f"no compiler: {run(install(folder / 'none', pure), USE, 'reference').strip()}")
+    assert contents.names(scratch / "wheels" / wheels.pure.name) == contents.names(wheels.pure)
+    step("no compiler: pure Python, saying so")
+
+    compiler = scratch / "c++"
+    compiler.write_text(ALL_TAKEN)
+    compiler.chmod(0o755)
+    pip(*build, env={"CXX": str(compiler)})
+    (made,) = (scratch / "wheels").glob("*-linux_*.whl")
+    assert contents.names(made) == contents.names(wheels.native)
+    step("a compiler and FASTPROMPT_BUILD unset: native")
+
     for env, text in (
         (NO_COMPILER | {"FASTPROMPT_BUILD": "cpu"}, "FASTPROMPT_BUILD=cpu, but the C++ kernels cannot be built"),
         ({"FASTPROMPT_BUILD": "cuda", "CUDA_HOME": "/nonexistent"}, "there is no CUDA compiler (/nonexistent/bin/nvcc"),
         ({"FASTPROMPT_BUILD": "fast"}, "expected one of none, cpu, cuda"),
     ):
-        said = run(*build, fails=True, **env)
+        said = pip(*build, fails=True, env=env)
         assert text in said, said
     step("FASTPROMPT_BUILD fails where it must")
+
+
+def main(dist: Path, scratch: Path) -> None:
+    wheels = contents.check(dist)
+    step(f"{wheels.sdist.name}, {wheels.pure.name}, {wheels.native.name} hold what they must")
+    check_choice(wheels, scratch)
+    for wheel, impl in ((wheels.native, "cpu"), (wheels.pure, "reference")):
+        step(f"{wheel.name}: {check_use(install(scratch / impl, wheel), impl)}")
+    check_sources(wheels, scratch / "source")
 
 
 if __name__ == "__main__":
     BEGIN = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        main(Path(temporary))
+        main(Path(sys.argv[1]).resolve(), Path(temporary))
