@@ -6,11 +6,13 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # a peer, which a machine may lack
 
 VOCABULARY = 8000  # small: a large output layer would hide what attention costs
 INIT_STD = 0.5  # of random prefixes: about the size of the backbone's own keys and values
@@ -68,6 +70,8 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def with_peft(model: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel:
     """A twin of `model` under PEFT with every adapter folder loaded under its name."""
+    from peft import PeftModel
+
     names = list(adapters)
     prompted = PeftModel.from_pretrained(twin(model), adapters[names[0]], adapter_name=names[0])
     for name in names[1:]:

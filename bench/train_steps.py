@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 from transformers import PreTrainedModel
 
@@ -18,19 +17,16 @@ import fastprompt as fp
 from bench.backbones import LlamaSize, random_text, twin
 from bench.measure import Agreement, Contestant
 
+if TYPE_CHECKING:
+    import peft  # a peer, which a machine may lack
+
 LOSS, GRADIENT = 1e-5, 1e-4  # largest relative differences to PEFT: other orders of summation in float32
 CONFIGS: dict[str, Callable[[int], fp.PromptConfig]] = {
     "prompt tuning": lambda length: fp.PromptTuning(num_virtual_tokens=length, init="vocab"),
     "p-tuning": lambda length: fp.PTuning(num_virtual_tokens=length, encoder="mlp", encoder_layers=3),
     "prefix tuning": lambda length: fp.PrefixTuning(num_virtual_tokens=length, init_std=0.5),
 }
-_PEFT: dict[str, Callable[[int, int], peft.PromptLearningConfig]] = {
-    "prompt tuning": lambda length, _: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length),
-    "p-tuning": lambda length, hidden: peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=length, encoder_hidden_size=hidden
-    ),
-    "prefix tuning": lambda length, _: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length),
-}
+_PEFT = {"prompt tuning": "PROMPT_TUNING", "p-tuning": "P_TUNING", "prefix tuning": "PREFIX_TUNING"}
 
 Gradients = list[torch.Tensor]
 Step = Callable[[], tuple[torch.Tensor, Gradients]]  # the loss, and the gradient of each parameter of each prompt
@@ -128,9 +124,14 @@ def fastprompt_model(backbone: PreTrainedModel, work: Work) -> fp.PromptedModel:
 
 def peft_models(backbone: PreTrainedModel, work: Work, values: fp.PromptedModel) -> list[peft.PeftModel]:
     """A twin of the backbone for each prompt, under PEFT, with the weights that the prompts of `values` have."""
+    import peft
+
     models = []
     for name in values.prompt_names:
-        config = _PEFT[work.method](work.length, work.backbone.hidden)
+        options = {"encoder_hidden_size": work.backbone.hidden} if work.method == "p-tuning" else {}
+        config = peft.get_peft_config(
+            {"peft_type": _PEFT[work.method], "task_type": "CAUSAL_LM", "num_virtual_tokens": work.length} | options
+        )
         model = peft.get_peft_model(twin(backbone), config)
         trained = [p for p in model.parameters() if p.requires_grad]
         with torch.no_grad():

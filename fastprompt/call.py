@@ -21,6 +21,7 @@ from fastprompt.integrations.transformers.backbone import Backbone
 from fastprompt.library import PromptLibrary
 
 Rows = Sequence[str | None]
+_PROMPTS_ELSEWHERE = ("prompt", "adapter_names", "task_ids")  # a backbone that ignores them would run without a prompt
 _NEW = 20  # transformers' own limit of a generation that is given none
 
 
@@ -220,6 +221,8 @@ def prepared(
 
 def check_rows(prompts: str | Rows | None, inputs: dict[str, Any], library: PromptLibrary) -> list[str | None] | None:
     """A checked name or None for each row; None for a call without prompts."""
+    if meant := [name for name in _PROMPTS_ELSEWHERE if name in inputs]:
+        raise ArgumentError(f"{meant[0]} is no argument of a prompted model: give prompts, a name for each row")
     if prompts is None:
         return None
     count = call_inputs.batch_rows(inputs)
@@ -238,6 +241,10 @@ def check_rows(prompts: str | Rows | None, inputs: dict[str, Any], library: Prom
 
 def check_generation(info: Backbone, library: PromptLibrary, rows: Rows, inputs: dict[str, Any]) -> None:
     """Refuse what a decoder could not generate correctly."""
+    if not info.model.can_generate():
+        raise UnsupportedError(
+            f"{type(info.model).__name__} does not generate: load a backbone that ends in a text head"
+        )
     embedding = [library[r] for r in rows if r and library[r].kind == "embedding"]
     if not info.compiles and any(not (p.in_place and info.looks_up_ids) for p in embedding):
         raise UnsupportedError(

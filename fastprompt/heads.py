@@ -28,8 +28,8 @@ def check_labels(num_labels: int | None, labels: Sequence[str] | None) -> None:
     """Raise unless these describe a head's outputs, or leave them as the backbone's."""
     if num_labels is not None:
         check_int("num_labels", num_labels, 1)
-    if labels is not None and (isinstance(labels, str) or not labels):
-        raise ArgumentError(f"labels is {labels!r}, expected a list of at least one label")
+    if labels is not None and (isinstance(labels, str) or not labels or not all(isinstance(n, str) for n in labels)):
+        raise ArgumentError(f"labels is {labels!r}, expected a list of at least one name")
     if num_labels is not None and labels is not None and num_labels != len(labels):
         raise ArgumentError(f"num_labels is {num_labels}, but labels names {len(labels)}: give one of them")
 
@@ -94,12 +94,8 @@ class RowHeads:
         return names
 
     def labels(self) -> set[int]:
-        """Numbers of outputs of these heads: the rows of the last parameter of each one's last module."""
-        sizes = set()
-        for head in filter(None, self.heads):
-            last = [t for name, t in head.tensors().items() if not name.startswith("pre_")][-1]
-            sizes.add(last.shape[0])
-        return sizes
+        """Numbers of outputs of these heads."""
+        return {head.outputs for head in self.heads if head is not None}
 
     def apply(self, name: str, module: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Output of every row's own head; columns beyond a head's labels are -inf."""

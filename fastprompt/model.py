@@ -21,6 +21,7 @@ from fastprompt.integrations.transformers.probe import inspect_backbone
 from fastprompt.integrations.transformers.source import BackboneSource
 from fastprompt.library import PromptLibrary
 from fastprompt.prompts import PromptConfig, SoftPrompt
+from fastprompt.prompts.base import check_int
 from fastprompt.prompts.init import seeded
 from fastprompt.prompts.transfer import start_from
 
@@ -46,6 +47,8 @@ class PromptedModel(nn.Module):
 
     def __init__(self, backbone: PreTrainedModel, tokenizer: Any = None, *, bank_bytes: int | None = None) -> None:
         super().__init__()
+        if bank_bytes is not None:
+            check_int("bank_bytes", bank_bytes, 1)
         self.backbone: Any = backbone
         self.tokenizer = tokenizer
         self._info = inspect_backbone(backbone)
@@ -135,6 +138,8 @@ class PromptedModel(nn.Module):
         folder = local_folder(path)
         if peft_format.is_peft_folder(folder):
             prompt = peft_format.read_peft(folder, self._info.spec, task_id=task_id)
+        elif task_id is not None:
+            raise ArgumentError(f"task_id is {task_id!r}, but {path} is no PEFT adapter, whose tasks it tells apart")
         else:
             prompt = store.load_prompt(folder, self._info.spec)
         return self._take(name, prompt.requires_grad_(trainable))

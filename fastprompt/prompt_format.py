@@ -55,7 +55,7 @@ def prompt_files(prompt: SoftPrompt, record: dict[str, Any] | None = None) -> di
 def parse_metadata(raw: bytes, where: str) -> dict[str, Any]:
     """What a `prompt.json` says, checked; `where` names it in errors."""
     try:
-        metadata = json.loads(raw)
+        metadata = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise PromptFileError(f"{where} is not JSON ({error}): it is truncated or altered") from None
     if not isinstance(metadata, dict) or not isinstance(metadata.get("format_version"), int):
@@ -71,6 +71,9 @@ def parse_metadata(raw: bytes, where: str) -> dict[str, Any]:
             raise PromptFileError(f"{where}: field {name} is {_short(metadata.get(name))}, expected {names}")
     if not all(isinstance(label, str) for label in metadata["labels"] or ()):
         raise PromptFileError(f"{where}: field labels is {_short(metadata['labels'])}, expected names")
+    for text in (*(metadata["labels"] or ()), metadata["task_type"] or ""):  # which others are shown
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise PromptFileError(f"{where}: {_short(text)} has half a character, expected Unicode text")
     return metadata
 
 
@@ -240,6 +243,10 @@ def _flat(tensors: Mapping[str, torch.Tensor], config: PromptConfig, spec: Backb
     keys = tuple(tensors[f"{spec.site_name(i)}.key"] for i in layers)
     values = tuple(tensors[f"{spec.site_name(i)}.value"] for i in layers)
     return flatten(Prefix(layers, keys, values))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _short(value: object) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import zoo
-from doc_pages import PAGES, ROOT, blocks, languages, prose, shell_lines, table
+from doc_pages import NOTEBOOKS, PAGES, ROOT, blocks, languages, prose, shell_lines, table
 
 from fastprompt import PromptedModel, env, prompt_format
 from fastprompt.demo import ASSETS, tasks
@@ -48,7 +48,7 @@ def test_the_main_page_has_a_quickstart_of_ten_lines():
     assert len([line for line in first.splitlines() if line.strip()]) <= 10
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda p: p.name)
 def test_relative_links_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", target):
@@ -61,7 +61,7 @@ def test_relative_links_resolve(page):
             assert part in [anchor(h) for h in headings], target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda p: p.name)
 def test_paths_in_code_marks_exist(page):
     for path in re.findall(r"`((?:fastprompt|tests|bench|docs|csrc|kernels|requirements)/[\w./-]*)`", prose(page)):
         assert (ROOT / path).exists(), path

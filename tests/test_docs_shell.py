@@ -1,14 +1,13 @@
 """Shell lines in README and docs/ name commands, options, targets, files and endpoints that exist."""
 
 import argparse
-import importlib
 import importlib.util
 import os
 import re
 import sys
 
 import pytest
-from doc_pages import PAGES, ROOT, inline_commands, shell_lines
+from doc_pages import NOTEBOOKS, PAGES, ROOT, inline_commands, shell_lines
 from typer.main import get_command
 
 from bench.__main__ import COMMANDS
@@ -33,7 +32,7 @@ def check_bench(words):
     if words in ([], ["--help"]):
         return
     parser = argparse.ArgumentParser(exit_on_error=False)
-    importlib.import_module(COMMANDS[words[0]][0]).add_arguments(parser)
+    COMMANDS[words[0]].load().add_arguments(parser)
     _, left = parser.parse_known_args(words[1:])
     assert left == [], words
 
@@ -74,7 +73,7 @@ def test_what_python_runs_exists_and_benchmarks_parse():
         check_python(words[1:])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}-{p.name}")
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_commands_in_the_text_exist(page):
     for words in inline_commands(page):
         if words[0] == "make":

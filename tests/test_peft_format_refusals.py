@@ -152,6 +152,7 @@ def test_wrong_tensors_are_refused(adapter, edit, message):
         ({"num_attention_heads": 3}, "do not belong together"),
         ({"num_attention_heads": 0}, "do not belong together"),
         ({"token_dim": 32}, "do not belong together"),
+        ({"task_type": 5}, "task_type is 5, expected a name"),
     ],
 )
 def test_wrong_fields_are_refused(adapter, fields, message):

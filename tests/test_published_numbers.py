@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import torch
 
+from bench.checkout import ROOT
 from bench.pages.command import TABLES, VALUES, differences, marks, pages, written
 from bench.pages.results import record
 
@@ -14,9 +16,10 @@ NOT_MEASURED = {
     ("README.md", "file"): "names of models, in recipes",
     ("prompts.md", "config"): "numbers of papers",
     ("prompts.md", "`init`"): "definitions",
-    ("training.md", "key"): "defaults",
+    ("config-files.md", "key"): "defaults",
     ("demo.md", "what"): "fastprompt/demo/assets/record.json, which tests/test_docs.py compares",
-    ("benchmarks.md", "case (bf16)"): "targets",
+    ("benchmarks.md", "case"): "targets",
+    ("gpu-check.md", "case (bf16)"): "targets",
     ("concepts.md", ""): "definitions",
     ("cuda.md", "case"): "counted from bytes, as the page says",
     ("vllm.md", ""): "versions",
@@ -69,6 +72,17 @@ def test_decimals_in_the_main_page_are_marked_or_versions():
     text = re.sub(r"^\|.*$|<!-- result: .*?<!-- -->|`[^`]*`|\[[^\]]*\]\([^)]*\)", "", text, flags=re.MULTILINE)
     versions = r"(?:Python|torch|transformers|PEFT|Before|Apache|to) \d+\.\d+"
     assert DECIMAL.findall(re.sub(versions, "", text)) == []
+
+
+def test_errors_of_exponentials_are_those_of_their_polynomials():
+    """`docs/cpu.md` says how far `exp2` of `csrc/cpu/vec.h` is off on [-1/2, 1/2]."""
+    body = (ROOT / "csrc" / "cpu" / "vec.h").read_text().partition("kDegree == 6")[2]
+    found = [float(x) for x in re.findall(r"(?<=[(\s])(\d\.\d+)f", body.partition("#if")[0])]
+    coefficients = torch.tensor(found).double().split([7, 5])
+    x = torch.linspace(-0.5, 0.5, 10_001, dtype=torch.float64)
+    for own in coefficients:
+        value = sum(c * x**power for power, c in enumerate(reversed(own)))
+        assert f"{(value / x.exp2() - 1).abs().max():.1e}" in (ROOT / "docs" / "cpu.md").read_text()
 
 
 def test_a_number_that_is_wrong_is_found_and_put_right():

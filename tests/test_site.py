@@ -3,7 +3,7 @@
 import re
 from importlib import import_module
 
-from doc_pages import ROOT
+from doc_pages import NOTEBOOKS, ROOT
 
 import fastprompt
 
@@ -14,6 +14,7 @@ API = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
 def test_every_page_is_in_the_navigation_once():
     nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    pages |= {str(path.relative_to(DOCS).with_suffix(".md")) for path in NOTEBOOKS}
     assert sorted(nav) == sorted({*pages, "index.md"})
 
 

@@ -258,6 +258,9 @@ def test_wrong_tensors_are_refused(saved, change, message):
         ({"backbone": {"model_type": "llama"}}, "field backbone is malformed"),
         ({"head_module": "../x"}, "head module is '../x'"),
         ({"labels": [1]}, r"field labels is \[1\]"),
+        ({"labels": ["\ud800"]}, "half a character"),
+        ({"task_type": "\ud800"}, "half a character"),
+        ({"record": {"loss": float("nan")}}, "NaN is no number of JSON"),
         ({"record": []}, r"field record is \[\], expected dict or NoneType"),
     ],
 )

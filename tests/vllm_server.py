@@ -45,7 +45,7 @@ class Client:
         return Client(self.port, key)
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-        with self._open(method, path, body, headers) as response:
+        with self.open(method, path, body, **headers) as response:
             content = response.read()
             reply = Reply(json.loads(content) if content else {})
             reply.status, reply.headers = response.status, response.headers
@@ -55,12 +55,13 @@ class Client:
         return self.call("POST", path, body)
 
     def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
-        with self._open("POST", path, body | {"stream": True}, {}) as response:
+        with self.open("POST", path, body | {"stream": True}) as response:
             lines = [line[6:] for line in response.read().decode().splitlines() if line.startswith("data: ")]
         assert lines[-1] == "[DONE]"
         return [json.loads(line) for line in lines[:-1]]
 
-    def _open(self, method: str, path: str, body: Any, headers: dict[str, str]) -> Any:
+    def open(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
+        """The response as it comes, an error too."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         kind = "application/zip" if isinstance(body, bytes) else "application/json"
         sent = {"content-type": kind} | {name.replace("_", "-"): value for name, value in headers.items()}

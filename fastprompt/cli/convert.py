@@ -32,7 +32,7 @@ def import_(
     if held["format"] != "peft":
         raise ArgumentError(f"SRC is {source}, a prompt folder already, expected a PEFT adapter's")
     backbone = backbone or held["backbone"]
-    if not backbone:
+    if not backbone or not isinstance(backbone, str):
         raise ArgumentError(f"{source} names no backbone: give --backbone, the model that it was trained with")
     prompt = peft_format.read_peft(source, backbone_spec(backbone), task_id=task)
     store.save_prompt(target, prompt, overwrite=overwrite)

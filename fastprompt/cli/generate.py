@@ -58,6 +58,9 @@ def continuations(model: Any, tokenizer: Any, rows: Sequence[Row], max_new_token
     """Greedy continuations of `(prompt, text)` rows, computed in one batch."""
     batch = tokenizer([text for _, text in rows], return_tensors="pt", padding=True).to(model.device)
     batch.pop("token_type_ids", None)
+    for (_, text), count in zip(rows, batch.attention_mask.sum(1).tolist(), strict=True):
+        if not count:
+            raise ArgumentError(f"a text is {text!r}, which has no tokens: give each row some words to continue")
     tokens = model.generate(
         **batch,
         prompts=[name for name, _ in rows],

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastprompt.cli.output import Json, console, emit, fields
-from fastprompt.errors import PromptFileError
+
+_LAYERS = 1024  # beyond which their number is shown as it stands in the file
 
 
 def inspect(
@@ -65,23 +65,22 @@ def _own(path: Path) -> dict[str, Any]:
 def _peft(path: Path) -> dict[str, Any]:
     from fastprompt import store
     from fastprompt.peft_format.layout import CONFIG, WEIGHTS
+    from fastprompt.peft_format.read import adapter_config
 
     try:
-        config = json.loads((path / CONFIG).read_bytes())
+        config = dict(adapter_config((path / CONFIG).read_bytes(), str(path / CONFIG)))
         content = (path / WEIGHTS).read_bytes()
-    except ValueError as error:
-        raise PromptFileError(f"{path / CONFIG} is not JSON ({error}): it is truncated or altered") from None
     except OSError:
         raise store.other_format(path, WEIGHTS) from None
     tensors = store.read_tensors(content, str(path / WEIGHTS))
-    prefix = config.get("peft_type") in ("PREFIX_TUNING", "CARTRIDGE")
+    layers = config.get("num_layers") or 0 if config.get("peft_type") in ("PREFIX_TUNING", "CARTRIDGE") else 0
     head = {n.removeprefix("base_model."): list(t.shape) for n, t in tensors.items() if n.startswith("base_model.")}
     return {
         "path": str(path),
         "format": "peft",
         "method": config.get("peft_type"),
         "length": config.get("num_virtual_tokens"),
-        "layers": list(range(config.get("num_layers") or 0)) if prefix else [],
+        "layers": list(range(layers)) if isinstance(layers, int) and layers <= _LAYERS else layers,
         "backbone": config.get("base_model_name_or_path"),
         "fingerprint": None,
         "sha256": hashlib.sha256(content).hexdigest(),

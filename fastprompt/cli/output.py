@@ -42,10 +42,10 @@ def emit(data: Any, as_json: bool, render: Callable[[Any], None]) -> None:
 
 def fields(values: Mapping[str, Any], title: str | None = None) -> None:
     """Print name-value pairs, one a line; None and empty values are left out."""
-    table = Table(box=None, show_header=False, title=title, title_justify="left", title_style="bold")
+    table = Table(box=None, show_header=False, title=title and Text(title), title_justify="left", title_style="bold")
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
         if value not in (None, "", [], {}, ()):
-            table.add_row(name, Text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+            table.add_row(Text(name), Text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     console.print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -33,6 +33,9 @@ def serve(
     kv_bytes: Annotated[str | None, typer.Option(metavar="BYTES", help="For rows' own keys and values.")] = None,
     bank_bytes: Annotated[str | None, typer.Option(metavar="BYTES", help="For prompts on the device.")] = None,
     host_bytes: Annotated[str | None, typer.Option(metavar="BYTES", help="For prompts in host memory.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Prompts in host memory: model (as computed with), or 8 bits: int8, fp8.")
+    ] = None,
     drain_seconds: Annotated[
         float | None, typer.Option(min=0, show_default="30", help="How long requests may end after SIGTERM.")
     ] = None,
@@ -41,44 +44,46 @@ def serve(
     more: Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="For vLLM's server.")] = None,
 ) -> None:
     """Serve the prompts of a folder over one backbone: OpenAI's endpoints, administration and metrics."""
-    _need_packages()
-    if engine == "vllm":
-        apart = {"device": device, "max-queued": max_queued, "bank-bytes": bank_bytes, "host-bytes": host_bytes}
-        _refuse(engine, **apart, **{"drain-seconds": drain_seconds})
-        common = {"host": host, "port": port, "keys": keys, "insecure": insecure, "open_metrics": open_metrics}
-        sizes = {"max_rows": max_rows, "max_batch_tokens": max_batch_tokens, "max_model_len": max_model_len}
-        kv = parse_bytes("--kv-bytes", kv_bytes)
-        _run_vllm(backbone, prompts, store, dtype, name=name, kv_bytes=kv, more=more or [], **common, **sizes)
-        return
-    if engine != "embedded":
+    if engine not in ("embedded", "vllm"):
         raise ArgumentError(f"--engine is {engine!r}, expected 'embedded' or 'vllm'")
-    _refuse(engine, store=store, **{"-": more})
+    _need_packages()
     from fastprompt.serving.http import Access, Options, create_app
-    from fastprompt.serving.http.server import binding, run
+    from fastprompt.serving.http.server import binding, check_free, run
     from fastprompt.serving.launch import EngineConfig, make_engine
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    sizes = {"max_rows": max_rows, "max_batch_tokens": max_batch_tokens, "max_model_len": max_model_len}
+    sizes["kv_bytes"] = parse_bytes("--kv-bytes", kv_bytes)
+    if engine == "vllm":
+        apart = {"device": device, "max-queued": max_queued, "bank-bytes": bank_bytes, "host-bytes": host_bytes}
+        _refuse(engine, **apart, storage=storage, **{"drain-seconds": drain_seconds})
+    else:
+        _refuse(engine, store=store, **{"-": more})
     access = Access(keys, env.api_keys(), env.admin_keys())
     place = binding(host, port, access, insecure)
+    check_free(place)
+    if engine == "vllm":
+        common = {"host": host, "port": port, "keys": keys, "insecure": insecure, "open_metrics": open_metrics}
+        _run_vllm(backbone, prompts, store, dtype, name=name, more=more or [], **common, **sizes)
     config = EngineConfig(
         backbone,
         str(prompts),
         name=name,
         device=device,
         dtype=dtype,
-        max_rows=max_rows,
-        max_batch_tokens=max_batch_tokens,
-        max_model_len=max_model_len,
         max_queued=max_queued,
-        kv_bytes=parse_bytes("--kv-bytes", kv_bytes),
         device_bytes=parse_bytes("--bank-bytes", bank_bytes),
         host_bytes=parse_bytes("--host-bytes", host_bytes),
+        storage=storage,
+        **sizes,
     )
     app = create_app(make_engine(config), access, Options(hosts=place.hosts, open_metrics=open_metrics))
     run(app, place, 30.0 if drain_seconds is None else drain_seconds)
 
 
-def _run_vllm(backbone: str, prompts: Path, folder: Path | None, dtype: str | None, name: Any, **options: Any) -> None:
+def _run_vllm(
+    backbone: str, prompts: Path, folder: Path | None, dtype: str | None, name: str | None, **options: Any
+) -> NoReturn:
     """Bring the store up to date with the prompts, and become vLLM's server."""
     from fastprompt.cli.export_vllm import export_to_vllm
     from fastprompt.integrations.vllm import PrefixStore
@@ -87,7 +92,6 @@ def _run_vllm(backbone: str, prompts: Path, folder: Path | None, dtype: str | No
 
     check_installed()
     folder = folder or prompts / ".vllm"
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     for problem in export_to_vllm(prompts, folder, backbone, dtype)["refused"].values():
         logging.getLogger("fastprompt.vllm").warning("not served: %s", problem)
     held = PrefixStore(folder).backbone()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastprompt.errors import PromptFileError
+from fastprompt.errors import ArgumentError, PromptFileError
 
 
 def local_folder(path: str | Path) -> Path:
     """A folder as it is, or the local copy of a hub repository `owner/name`; only safetensors and json are fetched."""
+    if not isinstance(path, (str, Path)):
+        raise ArgumentError(f"path is {type(path).__name__}, expected a prompt's folder, or an adapter's id on the hub")
     folder = Path(path)
     if folder.exists() or folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
         return folder

@@ -14,6 +14,11 @@ from fastprompt.errors import ArgumentError
 @contextmanager
 def saved_prompts(peft_model: Any) -> Iterator[dict[str, Path]]:
     """Folders with every prompt adapter as PEFT saves it; other adapters (LoRA) stay on the backbone."""
+    if not hasattr(peft_model, "peft_config"):
+        raise ArgumentError(
+            f"peft_model is {type(peft_model).__name__}, expected a PeftModel: give any other to PromptedModel itself, "
+            "and load its adapter's folder with load_prompt"
+        )
     prompts = [name for name, config in peft_model.peft_config.items() if config.is_prompt_learning]
     if not prompts:
         raise ArgumentError(

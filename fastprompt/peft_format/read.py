@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,22 @@ class _Adapter:
         return self.tensors[name].to(torch.float32)
 
     @property
+    def task_type(self) -> str | None:
+        value = self.config.get("task_type")
+        if value is not None and not isinstance(value, str):
+            raise PromptFileError(f"{self.where}/{CONFIG}: task_type is {value!r}, expected a name or null")
+        return value
+
+    @property
+    def saved_modules(self) -> Collection[str]:
+        value = self.config.get("modules_to_save") or HEADS
+        if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
+            raise PromptFileError(f"{self.where}/{CONFIG}: modules_to_save is {value!r}, expected names")
+        return value
+
+    @property
     def submodules(self) -> int:
-        return self.number("num_transformer_submodules", 2 if self.config.get("task_type") == SEQ2SEQ else 1)
+        return self.number("num_transformer_submodules", 2 if self.task_type == SEQ2SEQ else 1)
 
 
 def is_peft_folder(path: str | os.PathLike[str]) -> bool:
@@ -63,7 +77,7 @@ def read_peft(path: str | os.PathLike[str], spec: BackboneSpec, *, task_id: int 
     `spec`; UnsupportedError for an adapter that is not one of `SUPPORTED`.
     """
     folder = current_folder(path)
-    config = _adapter_config(_content(folder, CONFIG), str(folder / CONFIG))
+    config = adapter_config(_content(folder, CONFIG), str(folder / CONFIG))
     tensors = read_tensors(_content(folder, WEIGHTS), str(folder / WEIGHTS))
     return prompt_from_peft(config, tensors, spec, task_id=task_id, where=str(folder))
 
@@ -72,7 +86,7 @@ def prompt_from_peft_files(
     config: bytes, weights: bytes, spec: BackboneSpec, *, task_id: int | None = None, where: str = "the adapter"
 ) -> SoftPrompt:
     """As `read_peft`, from the contents of the two files; `where` names their folder in errors."""
-    fields = _adapter_config(config, f"{where}/{CONFIG}")
+    fields = adapter_config(config, f"{where}/{CONFIG}")
     return prompt_from_peft(fields, read_tensors(weights, f"{where}/{WEIGHTS}"), spec, task_id=task_id, where=where)
 
 
@@ -99,7 +113,7 @@ def prompt_from_peft(
     weights = _prefix(adapter, spec) if ours.kind == "prefix" else _embedding(adapter, spec, task_id)
     prompt = ours.restore(spec, weights)
     prompt.head = _read_head(adapter)
-    prompt.task_type = adapter.config.get("task_type")
+    prompt.task_type = adapter.task_type
     return prompt
 
 
@@ -110,7 +124,8 @@ def _content(folder: Path, name: str) -> bytes:
         raise other_format(folder, name) from None
 
 
-def _adapter_config(content: bytes, where: str) -> Mapping[str, Any]:
+def adapter_config(content: bytes, where: str) -> Mapping[str, Any]:
+    """The fields of an `adapter_config.json`; `where` names it in errors. Errors: PromptFileError."""
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -209,7 +224,7 @@ def _prefix(adapter: _Adapter, spec: BackboneSpec) -> torch.Tensor:
 
 
 def _read_head(adapter: _Adapter) -> PromptHead | None:
-    saved = adapter.config.get("modules_to_save") or HEADS
+    saved = adapter.saved_modules
     tensors, modules = {}, set()
     for key, tensor in adapter.tensors.items():
         if key in ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows"):

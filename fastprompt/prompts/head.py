@@ -30,9 +30,18 @@ class PromptHead(nn.Module):
         for name in sorted(tensors):
             if not _PARAMETER_NAME.fullmatch(name):
                 raise ArgumentError(f'head parameter is named {name!r}, expected a dotted name such as "dense.weight"')
+            if not tensors[name].numel():
+                raise ArgumentError(f"head parameter {name!r} is {list(tensors[name].shape)}, expected numbers")
             with torch.inference_mode(False):
                 value = tensors[name].detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
                 self.register_parameter(name.replace(".", "/"), nn.Parameter(value))
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers it answers with: the rows of its last layer, which is not a `pre_classifier`."""
+        tensors = self.tensors()
+        last = [t for name, t in tensors.items() if not name.startswith("pre_")] or list(tensors.values())
+        return last[-1].shape[0] if last[-1].dim() else 1
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {name.replace("/", "."): p for name, p in self.named_parameters()}

@@ -41,7 +41,10 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
+    try:
+        torch.default_generator.manual_seed(seed)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(f"seed is {seed!r}, expected an int of 64 bits, or None") from None
     try:
         yield
     finally:

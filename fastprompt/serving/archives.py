@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from fastprompt.errors import FastPromptError, PromptFileError
 
 MAX_MEMBERS = 64
+_LONGEST_HEADER = 4096  # bytes of a tar member's name and attributes: tarfile takes quadratic time over them
 _SLACK = 1 << 20  # bytes of an archive that are not its files' contents
 
 
@@ -73,18 +74,26 @@ def _zip_members(data: bytes, max_bytes: int) -> Iterator[tuple[PurePosixPath, b
             yield _path(entry.filename), content
 
 
+class _Headers(io.BytesIO):
+    """An archive of which only headers are read, none of them a long one."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _LONGEST_HEADER:
+            raise PromptFileError("the archive has a member with a long name or attributes: pack the prompt's files")
+        return super().read(size)
+
+
 def _tar_members(data: bytes, max_bytes: int) -> Iterator[tuple[PurePosixPath, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+    with tarfile.open(fileobj=_Headers(data), mode="r:") as archive:
         for count, member in enumerate(archive):
             if count >= MAX_MEMBERS:
                 raise _too_many()
             if member.isdir():
                 continue
-            stream = None if member.issparse() or not member.isreg() else archive.extractfile(member)
-            if stream is None:
+            if member.issparse() or not member.isreg():
                 raise PromptFileError(f"the archive's {member.name} is not a plain file: pack the file itself")
             max_bytes -= _checked(member.size, max_bytes)
-            content = stream.read()
+            content = data[member.offset_data : member.offset_data + member.size]
             if len(content) != member.size:
                 raise PromptFileError(f"the archive ends inside {member.name}: it is truncated")
             yield _path(member.name), content
@@ -92,8 +101,10 @@ def _tar_members(data: bytes, max_bytes: int) -> Iterator[tuple[PurePosixPath, b
 
 def _gunzip(data: bytes, most: int) -> bytes:
     """All members of a gzip stream, which together may have `most` bytes."""
-    pieces = []
+    pieces: list[bytes] = []
     while data[:2] == b"\x1f\x8b":
+        if len(pieces) == MAX_MEMBERS:
+            raise _too_many()
         stream = zlib.decompressobj(wbits=31)
         piece = stream.decompress(data, most + 1)
         most -= _checked(len(piece), most)

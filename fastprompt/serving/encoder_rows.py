@@ -101,7 +101,7 @@ class RowRunner:
             return answer
         if neighbours > 1:
             return self([row])[0]
-        culprit = f"prompt {row.prompt.partition('@')[0]!r}" if row.prompt else "the backbone"
+        culprit = f"prompt {row.prompt.rsplit('@', 1)[0]!r}" if row.prompt else "the backbone"
         return RowFailedError(f"{culprit} answers this text with numbers that are not finite: train or store it anew")
 
     @torch.no_grad()

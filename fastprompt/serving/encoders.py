@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from fastprompt.serving.backlog import Backlog
 from fastprompt.serving.batcher import Batcher
 from fastprompt.serving.encoder_options import EncoderOptions, TextLimits
 from fastprompt.serving.encoder_rows import MEAN, EncoderRow, Pooling, RowFailedError, RowRunner, task_of
-from fastprompt.serving.loaded import Loaded, LoadedPrompts, LoadedStats, PromptSource, head_outputs
+from fastprompt.serving.encoder_texts import Texts
+from fastprompt.serving.loaded import Loaded, LoadedPrompts, LoadedStats, PromptSource
 from fastprompt.serving.request import Finished, OverloadedError
 
 Ids = Sequence[int]
@@ -99,6 +99,7 @@ class EncoderEngine:
         self._torch = _thread("torch", threads)
         self._files = _thread("files", 1)
         self._text = _thread("text", 1)  # a tokenizer serves one thread at a time
+        self._texts = Texts(tokenizer, self._text, self.limits.max_length)
         self._runner = RowRunner(model)
         self._batcher = Batcher(self._runner, self._torch, options.batch)
         self._prompts = LoadedPrompts(
@@ -157,12 +158,9 @@ class EncoderEngine:
         """Vectors `[E]`, pooled from the last hidden states of each text's own tokens; errors as in `classify`."""
         return await self._answer(texts, prompt, pooling)
 
-    async def encode(self, texts: Sequence[Any], **options: Any) -> Any:
-        """The tokenizer's encoding of texts, or of lists of words with `is_split_into_words`."""
-        if self.tokenizer is None:
-            raise ArgumentError("this server has no tokenizer: send token ids")
-        encode = partial(self.tokenizer, list(texts), **options)
-        return await asyncio.get_running_loop().run_in_executor(self._text, encode)
+    async def encode(self, texts: Sequence[str], most: int | None = None) -> list[Any]:
+        """As `Texts.encode`."""
+        return await self._texts.encode(texts, most)
 
     async def room(self, prompt: str | None) -> int:
         """How many tokens a text may have under a prompt."""
@@ -245,13 +243,16 @@ class EncoderEngine:
     def _add(self, key: str, prompt: SoftPrompt) -> None:
         """Take a prompt into the model and try it, so that one that cannot run never meets another's rows."""
         self.model.add_prompt(key, prompt)
-        outputs, pooling = head_outputs(prompt) or self._outputs, MEAN if self.task == "embedding" else None
+        outputs = prompt.head.outputs if prompt.head else self._outputs
+        pooling = MEAN if self.task == "embedding" else None
         (tried,) = self._runner([EncoderRow((self._runner.some_id,), key, outputs, pooling)])
         if isinstance(tried, Exception):
             self.model.remove_prompt(key)
-            if isinstance(tried, FastPromptError):
+            if isinstance(tried, RowFailedError):
                 raise tried
-            raise RowFailedError(f"prompt {key.partition('@')[0]!r} cannot run on this backbone: {tried!r}") from tried
+            raise RowFailedError(
+                f"prompt {key.rsplit('@', 1)[0]!r} cannot run on this backbone: {_said(tried)}"
+            ) from tried
 
     @property
     def _embeds(self) -> bool:
@@ -268,6 +269,10 @@ class EncoderEngine:
         activation = {"multi_label_classification": "sigmoid", "regression": "none"}.get(problem, "softmax")
         version = held.version.version if held else None
         return Answer(tuple(values), labels, activation, version, sum(map(len, texts)))
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, FastPromptError) else repr(error)
 
 
 def _labels(config: Any, held: Loaded | None) -> tuple[str, ...]:

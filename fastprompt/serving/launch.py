@@ -36,6 +36,7 @@ class EngineConfig:
     kv_bytes: int | None = None
     device_bytes: int | None = None
     host_bytes: int | None = None
+    storage: str | None = None
 
     @property
     def served_name(self) -> str:
@@ -56,10 +57,13 @@ def make_engine(config: EngineConfig) -> Engine:
         return _encoder(config, load, tokenizer)
     from fastprompt.serving.async_engine import AsyncEngine
     from fastprompt.serving.build import EngineOptions, build_engine
+    from fastprompt.serving.host_copy import STORAGES
     from fastprompt.serving.scheduler import Rules
 
     rules = Rules(**_given(config, "max_rows", "max_batch_tokens"))
-    sizes = _given(config, "max_model_len", "kv_bytes", "device_bytes", "host_bytes")
+    if config.storage not in (None, *STORAGES):
+        raise ArgumentError(f"storage (--storage) is {config.storage!r}, expected {', '.join(STORAGES)}")
+    sizes = _given(config, "max_model_len", "kv_bytes", "device_bytes", "host_bytes", "storage")
     options = EngineOptions(rules=rules, **sizes)
     return AsyncEngine(
         lambda: build_engine(load(), config.prompts, options),

@@ -103,13 +103,20 @@ class Listing:
             found = {
                 name
                 for entry in entries
-                if (name := entry.name if entry.name in known else _checked(entry.name)) and entry.is_dir()
+                if (name := entry.name if entry.name in known else _checked(entry.name)) and _is_folder(entry)
             }
         return sorted(found)
 
     def _find(self, name: str) -> tuple[int, bool]:
         at = bisect_left(self._names, name)
         return at, self._names[at : at + 1] == [name]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, a file system that is away: it concerns no other prompt
+        return False
 
 
 def _checked(entry: str) -> str | None:

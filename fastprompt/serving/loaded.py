@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from fastprompt.errors import ArgumentError, BankFullError, PromptChangedError, PromptNotFoundError, UnsupportedError
-from fastprompt.heads import RowHeads
 from fastprompt.prompts import SoftPrompt
 from fastprompt.serving.loaded_pins import LoadedPins
 
@@ -51,13 +50,7 @@ class Loaded:
     @property
     def outputs(self) -> int | None:
         """Outputs of the prompt's own head, None where the backbone's answers."""
-        return head_outputs(self.prompt)
-
-
-def head_outputs(prompt: SoftPrompt) -> int | None:
-    """Outputs of a prompt's own head, None without one."""
-    sizes = RowHeads((prompt.head,), (0,)).labels()
-    return sizes.pop() if sizes else None
+        return None if self.prompt.head is None else self.prompt.head.outputs
 
 
 @dataclass(frozen=True)
@@ -190,11 +183,11 @@ class LoadedPrompts:
             self._check_size(version)
             self._check(version)
             self._forget(version.name, key)
+            self._pins.renew(version.name)
             if self._make_room(version.bytes):
                 ready = asyncio.get_running_loop().create_task(self._load(key, version))
                 ready.add_done_callback(lambda task: task.cancelled() or task.exception())  # if nobody waits for it
                 held = self._held[key] = Loaded(version, key, ready)
-                self._pins.renew(version.name)
                 break
             self._room.clear()
             await self._room.wait()

@@ -50,7 +50,7 @@ class LoadedPins:
                 f"with {name!r}, {len(names)} prompts of {size} bytes would be pinned, at most {_SHARE:.0%} of "
                 f"{self._max_prompts} prompts and {self._max_bytes} bytes may be: unpin others, or raise the budget"
             )
-        self._held[name] = asyncio.get_running_loop().create_task(self._keep(name, None))
+        self._start(name, None)
 
     def remove(self, name: str) -> None:
         """Errors: PromptNotFoundError for a name that is not pinned."""
@@ -62,17 +62,20 @@ class LoadedPins:
         """Pin the current version of a name whose pin is of another one, perhaps."""
         before = self._held.get(name)
         if before is not None and before.done():
-            self._held[name] = asyncio.get_running_loop().create_task(self._keep(name, before))
+            self._start(name, before)
+
+    def _start(self, name: str, before: asyncio.Task[Loaded] | None) -> None:
+        self._held[name] = asyncio.get_running_loop().create_task(self._keep(name, before))
+        self._held[name].add_done_callback(_loaded)  # what it failed with is told to whoever asks for the prompt
 
     async def _keep(self, name: str, before: asyncio.Task[Loaded] | None) -> Loaded:
+        if before is not None:  # nobody asks for the former version any more, and there may be no room for both
+            self._let_go(before)
         try:
             return await self._acquire(name)
         except PromptNotFoundError:
             self._held.pop(name, None)
             raise
-        finally:
-            if before is not None:
-                self._let_go(before)
 
     def _let_go(self, pin: asyncio.Task[Loaded]) -> None:
         """Release what a pin holds, or will hold."""

@@ -30,7 +30,7 @@ class _Pin:
 class Pins:
     """Leases on the current versions of some names, renewed when a name is replaced, given up when it is deleted.
 
-    `renew` runs in the engine's thread, all else in any. The old version is held until the new one is there.
+    `renew` runs in the engine's thread, all else in any. The old version goes first: there may be no room for both.
     """
 
     def __init__(self, registry: PromptRegistry, acquire: Callable[[str], Lease | None], capacity: int | None) -> None:
@@ -64,12 +64,8 @@ class Pins:
 
     def remove(self, name: str) -> None:
         """Errors: PromptNotFoundError for a name that is not pinned."""
-        with self._lock:
-            pin = self._pins.pop(name, None)
-        if pin is None:
+        if not self._give_up(name):
             raise PromptNotFoundError(f"prompt {name!r} is not pinned")
-        if pin.lease is not None:
-            pin.lease.release()
 
     def renew(self) -> None:
         """Bring every pin to its name's current version, where that is possible by now."""
@@ -80,26 +76,39 @@ class Pins:
             try:
                 self._renew(name, pin, generation)
             except PromptNotFoundError:
-                with self._lock:
-                    self._pins.pop(name, None)
-                if pin.lease is not None:
-                    pin.lease.release()
+                self._give_up(name)
             except FastPromptError:
                 pin.settled = generation  # keeps what it has, until something changes
             except Exception:  # a full device, a broken disk: no other prompt's business
                 _log.exception("pinned prompt %r could not be brought to the device", name)
                 pin.settled = generation
 
+    def _give_up(self, name: str) -> bool:
+        """Whether a name was pinned; it is not any more."""
+        with self._lock:
+            pin = self._pins.pop(name, None)
+            lease = None
+            if pin is not None:
+                lease, pin.lease = pin.lease, None  # whoever takes it out, and nobody else, releases it
+        if lease is not None:
+            lease.release()
+        return pin is not None
+
     def _renew(self, name: str, pin: _Pin, generation: int) -> None:
         version = self._registry.current(name)
-        if pin.lease is None or pin.lease.version.version != version.version:
+        held = pin.lease
+        if held is not None and held.version.version != version.version:
+            with self._lock:
+                old, pin.lease = pin.lease, None
+            if old is not None:
+                old.release()
+        if pin.lease is None:
             lease = self._acquire(name)
             if lease is None:
                 return
             with self._lock:
-                old, pin.lease, pin.length = pin.lease, lease, lease.extent.length
+                pin.lease, pin.length = lease, lease.extent.length
                 gone = self._pins.get(name) is not pin
-            for left in (old, lease if gone else None):
-                if left is not None:
-                    left.release()
+            if gone:
+                lease.release()
         pin.settled = generation

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from fastprompt.errors import ConflictError, PromptChangedError, PromptFileError, PromptNotFoundError
@@ -88,17 +91,15 @@ class PromptRegistry:
         backbone; ConflictError for a condition that does not hold; PromptFileError where the disk fails. Nothing is
         changed then.
         """
-        check_prompt_name(name)
+        folder = self._own_folder(check_prompt_name(name))
         stored = parse_upload(files, self.spec, self.max_bytes)
-        folder = self.folder / name
+        version = describe(folder, stored[METADATA], len(stored[WEIGHTS]), time.time())
         replace_folder(folder, stored, overwrite=True, check=self._condition(name, if_match, if_none_match))
-        try:
-            created = os.stat(folder / METADATA).st_mtime
-        except OSError:  # replaced or removed by somebody else already
-            created = 0.0
         self._versions.forget(name)
         self._listing.add(name)
-        return describe(folder, stored[METADATA], len(stored[WEIGHTS]), created)
+        with suppress(OSError):  # replaced or removed by somebody else already
+            version = replace(version, created=os.stat(folder / METADATA).st_mtime)
+        return version
 
     def put_archive(
         self, name: str, data: bytes, *, if_match: str | None = None, if_none_match: bool = False
@@ -109,9 +110,8 @@ class PromptRegistry:
     def delete(self, name: str, *, if_match: str | None = None) -> PromptVersion | None:
         """Remove a prompt; what it was, None for a damaged one. Errors: PromptNotFoundError, ConflictError."""
         version = self._intact(name)
-        remove_folder(
-            self.folder / name, owned=(METADATA, WEIGHTS), check=self._condition(name, if_match or "*", False)
-        )
+        folder = self._own_folder(name)
+        remove_folder(folder, owned=(METADATA, WEIGHTS), check=self._condition(name, if_match or "*", False))
         self._versions.forget(name)
         self._listing.remove(name)
         return version
@@ -139,6 +139,13 @@ class PromptRegistry:
             f"{where}/{WEIGHTS} is missing or does not match the digest in {METADATA}: it is truncated or altered; "
             "store the prompt again"
         )
+
+    def _own_folder(self, name: str) -> Path:
+        """Where to write a prompt: never through a link, behind which may be another prompt, or anything at all."""
+        folder = self.folder / name
+        if folder.is_symlink():
+            raise PromptFileError(f"{folder} is a link, which is read but not written: remove the link, or its target")
+        return folder
 
     def _intact(self, name: str) -> PromptVersion | None:
         """The current version, None for a damaged one. Errors: PromptNotFoundError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,6 +31,18 @@ class Prepared:
 
     items: list[Items]
     added: list[str]
+
+
+def listed(model: object, jobs: object) -> tuple[Job, ...]:
+    """The jobs, where these are a model and jobs at all. Errors: TrainingError."""
+    if not isinstance(model, PromptedModel):
+        raise TrainingError([f"model is {type(model).__name__}, expected PromptedModel(backbone, tokenizer)"])
+    if not isinstance(jobs, Iterable):
+        raise TrainingError([f"jobs is {type(jobs).__name__}, expected a list of Job"])
+    jobs = tuple(jobs)
+    if other := [job for job in jobs if not isinstance(job, Job)]:
+        raise TrainingError([f"jobs has {type(other[0]).__name__}, expected Job(name=..., task=..., train=...)"])
+    return jobs
 
 
 def prepare(model: PromptedModel, jobs: Sequence[Job], problems: Sequence[str] = ()) -> Prepared:
@@ -62,7 +74,7 @@ def prepare(model: PromptedModel, jobs: Sequence[Job], problems: Sequence[str] =
 
 def check(model: PromptedModel, jobs: Sequence[Job], options: Mapping[str, Any] | None = None) -> None:
     """Raise the TrainingError that `train` would raise, without training; the model stays as it is."""
-    for name in prepare(model, jobs, check_options(options or {})).added:
+    for name in prepare(model, listed(model, jobs), check_options(options or {})).added:
         model.remove_prompt(name)
 
 
@@ -162,9 +174,8 @@ def _check_head(prompt: SoftPrompt, job: Job) -> None:
         if wanted is not None:
             raise ArgumentError(f"its prompt has no head, and {job.task.name} needs one of {wanted} outputs")
         return
-    last = list(prompt.head.tensors().values())[-1]
-    if last.shape[0] != wanted:
-        raise ArgumentError(f"its prompt's head has {last.shape[0]} outputs, and {job.task.name} needs {wanted}")
+    if prompt.head.outputs != wanted:
+        raise ArgumentError(f"its prompt's head has {prompt.head.outputs} outputs, and {job.task.name} needs {wanted}")
 
 
 def _metric_problems(model: PromptedModel, job: Job, validation: Sequence[Item]) -> list[str]:

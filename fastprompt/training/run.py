@@ -72,7 +72,7 @@ def train(
         callbacks: for the Trainer.
     Errors: TrainingError names everything that is wrong, before any training; the model is then as before.
     """
-    jobs = tuple(jobs)
+    jobs = prepare.listed(model, jobs)
     asked = Settings(
         None if output_dir is None else Path(output_dir),
         resume,

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -199,12 +200,17 @@ def test_short_runs_are_repeated_and_counted_a_call() -> None:
     assert measure.calls_for(lambda: time.sleep(1e-3), 5e-3) in range(1, 6)
 
 
-def test_ranking_puts_the_quickest_first() -> None:
-    def sleeps(seconds: float):
-        return lambda: time.sleep(seconds)
+def test_ranking_puts_the_quickest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"slow": 2e-2, "middle": 2e-3, "quick": 1e-3}
 
-    runs = {"slow": sleeps(2e-2), "middle": sleeps(2e-3), "quick": sleeps(1e-3)}
+    def timed(run, calls: int):
+        return measure._Time(wall=seconds[run()], cpu=1.0 / seconds[run()], waited=0.0), None
+
+    monkeypatch.setattr(measure, "_timed", timed)
+    runs = {name: partial(str, name) for name in seconds}
     assert measure.ranking(runs, "wall", 1e-3) == ["quick", "middle", "slow"]
+    near = {name: runs[name] for name in ("middle", "quick")}
+    assert measure.ranking(near, "cpu", 1e-3) == ["middle", "quick"]  # those that are near are ranked by the clock
 
 
 def test_short_samples_share_a_look_at_other_processes() -> None:

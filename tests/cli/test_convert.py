@@ -130,6 +130,22 @@ def test_inspect_refuses_broken_metadata_and_other_folders(fails, adapter, tmp_p
     assert "prompt.json" in fails("inspect", tmp_path / "empty")
 
 
+def test_an_adapter_that_says_nonsense_is_told_or_shown(fails, run, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def say(content: object) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps(content))
+
+    say([])
+    assert "expected an object" in fails("inspect", adapter)
+    say(config | {"base_model_name_or_path": 5})
+    assert "names no backbone" in fails("import", adapter, adapter / "out")
+    say(config | {"num_layers": 10**12, "[/no markup]": 1})
+    (adapter.parent / "[").mkdir()
+    shown = run("inspect", adapter.rename(adapter.parent / "[" / "x]")).stdout
+    assert str(10**12) in shown and "[/no markup]" in shown and "[/x]" in shown
+
+
 def test_inspect_refuses_weights_that_are_not_finite(fails, adapter):
     safetensors_torch.save_file(
         {"prompt_embeddings": torch.full((4, 64), float("nan"))}, adapter / "adapter_model.safetensors"

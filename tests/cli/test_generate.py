@@ -75,6 +75,7 @@ def test_an_adapter_of_peft_is_a_prompt_too(run, backbone, adapter):
         (["--text", "x", "--text", "y", "--text", "z", "--use", "soft", "--use", "deep"], "2 times for 3 texts"),
         (["--text", "x"], "which one each --text gets"),
         ([], "there is no text"),
+        (["--text", "x", "--text", "", "--use", "soft"], "a text is '', which has no tokens"),
         (["--use", "soft"], "1 times for 0 texts"),
         (["--text", "x", "--use", "sotf"], "did you mean 'soft'"),
         (["--text", "x", "--use", "soft", "--prompt", "bad"], "expected NAME=PATH"),

@@ -130,9 +130,51 @@ def test_unknown_format(model: fp.PromptedModel, tmp_path: Path) -> None:
         model.load_prompt("y", tmp_path / "nowhere")
 
 
-def test_empty_batch_and_nothing_at_all(model: fp.PromptedModel) -> None:
+def test_nothing_at_all(model: fp.PromptedModel) -> None:
     with pytest.raises(fp.FastPromptError, match="input_ids"):
         model(prompts="one")
+
+
+@pytest.mark.parametrize("ids", [[[5, 6]], "hello", IDS[0], IDS[:, :0], IDS[:0], IDS.float()], ids=repr)
+def test_ids_that_are_no_batch_of_tokens(model: fp.PromptedModel, ids: object) -> None:
+    for act in (model, model.generate):
+        with pytest.raises(fp.FastPromptError, match=r"input_ids is .*, expected .*int64"):
+            act(ids, prompts="one")
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 3), (3, 3)])
+def test_masks_of_other_tokens(model: fp.PromptedModel, shape: tuple[int, int]) -> None:
+    with pytest.raises(fp.FastPromptError, match=r"attention_mask is \[.*expected \[2, 3\]"):
+        model(IDS, torch.ones(shape, dtype=torch.long), prompts="one")
+
+
+@pytest.mark.parametrize("name", ["prompt", "adapter_names", "task_ids"])
+def test_an_argument_that_a_backbone_would_ignore(model: fp.PromptedModel, name: str) -> None:
+    with pytest.raises(fp.FastPromptError, match=f"{name} is no argument.*give prompts"):
+        model(IDS, **{name: ["one", "one"]})
+
+
+def test_an_encoder_does_not_generate() -> None:
+    encoder = fp.PromptedModel(zoo.encoder("bert"))
+    encoder.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=3))
+    with pytest.raises(fp.FastPromptError, match="BertForSequenceClassification does not generate"):
+        encoder.generate(IDS, prompts="p")
+
+
+def test_paths_seeds_and_budgets_that_are_none(model: fp.PromptedModel, tmp_path: Path) -> None:
+    model.save_prompt("one", tmp_path / "one")
+    prefix = fp.PrefixTuning(num_virtual_tokens=3)
+    for act, told in (
+        (lambda: model.load_prompt("x", 5), "path is int"),
+        (lambda: model.load_prompt("x", tmp_path / "one", task_id=1), "task_id is 1.*no PEFT adapter"),
+        (lambda: model.add_prompt("x", prefix, seed="a"), "seed is 'a'"),
+        (lambda: model.add_prompt("x", prefix, seed=2**70), f"seed is {2**70}"),
+        (lambda: fp.PromptedModel(zoo.causal("llama"), bank_bytes="1G"), "bank_bytes is '1G'"),
+        (lambda: fp.PromptedModel.from_peft(zoo.causal("llama")), "peft_model is LlamaForCausalLM"),
+    ):
+        with pytest.raises(fp.FastPromptError, match=told):
+            act()
+    assert model.prompt_names == ["one"]
 
 
 def test_four_dimensional_masks_are_refused_with_prompts(model: fp.PromptedModel) -> None:
@@ -151,6 +193,8 @@ def test_labels_that_contradict(model: fp.PromptedModel) -> None:
     classify = fp.PromptedModel(zoo.encoder("bert"))
     with pytest.raises(fp.FastPromptError, match="num_labels is 5, but labels names 2"):
         classify.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=3), num_labels=5, labels=["a", "b"])
+    with pytest.raises(fp.FastPromptError, match=r"labels is \[0, 1\], expected .* name"):
+        classify.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=3), labels=[0, 1])
     with pytest.raises(fp.FastPromptError, match="fresh prompt"):
         model.add_prompt("p", model.library["one"].collapse(), seed=3)
     assert classify.prompt_names == []

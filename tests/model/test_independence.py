@@ -167,6 +167,12 @@ def test_distilbert_heads_keep_the_backbones_loss() -> None:
     assert torch.isfinite(loss)
 
 
+def test_a_head_of_two_modules_answers_with_the_last_one() -> None:
+    model = fp.PromptedModel(zoo.encoder("distilbert"))
+    for name, count in (("a", 5), ("b", 2)):
+        assert model.add_prompt(name, PREFIX, num_labels=count).head.outputs == count
+
+
 def test_a_seed_covers_the_head_and_a_label_must_be_the_heads() -> None:
     model = fp.PromptedModel(zoo.encoder("bert"))
     state = torch.get_rng_state()

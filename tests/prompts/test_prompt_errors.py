@@ -108,3 +108,5 @@ def test_head_names_are_checked(name):
         PromptHead("classifier", {})
     with pytest.raises(ArgumentError, match="head module"):
         PromptHead("../x", {"weight": torch.zeros(1)})
+    with pytest.raises(ArgumentError, match=r"'weight' is \[0, 12\]"):
+        PromptHead("classifier", {"weight": torch.zeros(0, 12)})

@@ -40,7 +40,7 @@ def test_poisoned_requests_fail_alone():
         ([5, -1], None, ArgumentError, "token id"),
         ([5, True], None, ArgumentError, "token id"),
         ([5] * 60, "tone", ArgumentError, "at most 59"),
-        ([5] * 9, "prefix", ArgumentError, "finite"),
+        ([5] * 9, "prefix", RowFailedError, "finite"),
         ([5] * 9, "tokens", RowFailedError, "not finite"),
         ([5] * 9, "head", RowFailedError, "not finite"),
         ([5, 6], "absent", PromptNotFoundError, "absent"),

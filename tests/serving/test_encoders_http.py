@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from task_tools import bert
 import fastprompt as fp
 from fastprompt.model import PromptedModel
 from fastprompt.prompt_format import prompt_files
+from fastprompt.serving.encoder_texts import PART, Texts
 from fastprompt.serving.http import Access, create_app
 from fastprompt.serving.registry import PromptRegistry
 from fastprompt.store import save_prompt
@@ -104,6 +106,33 @@ def test_strings_ids_and_the_bare_backbone(client: TestClient, model: PromptedMo
 def test_bad_requests_are_told_what_is_wrong(client: TestClient, body: dict[str, Any], status: int, said: str):
     reply = client.post("/v1/classify", json=body)
     assert reply.status_code == status and said in reply.json()["error"]["message"]
+
+
+def test_a_text_that_is_far_too_long_is_not_tokenized(client: TestClient):
+    reply = client.post("/v1/classify", json={"model": "tone", "input": ["dog", "dog " * 10**6]})
+    assert reply.status_code == 400 and "4000000 characters, expected at most 65536" in reply.json()["error"]["message"]
+    body = {"model": "tone", "input": ["dog " * 10**6, "a cat"], "truncate": True}
+    data = client.post("/v1/classify", json=body).json()["data"]
+    for i, text in enumerate(("dog " * 100, "a cat")):
+        one = client.post("/v1/classify", json=body | {"input": text}).json()["data"][0]
+        np.testing.assert_allclose(data[i]["labels"][0]["probability"], one["labels"][0]["probability"], rtol=1e-5)
+
+
+def test_requests_take_turns_at_the_tokenizer():
+    order: list[str] = []
+
+    def tokenizer(texts: list[str], **options: Any) -> list[str]:
+        order.extend(text[0] for text in texts)
+        return texts
+
+    async def use() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            shared = Texts(tokenizer, thread, 512)
+            many, one = await asyncio.gather(shared.encode(["a" * PART] * 20), shared.encode(["b"]))
+        assert [len(part) for part in many] == [1] * 20 and one == [["b"]]
+
+    asyncio.run(use())
+    assert order.index("b") == 1
 
 
 def test_truncate_leaves_room_for_the_prompt(client: TestClient, model: PromptedModel):

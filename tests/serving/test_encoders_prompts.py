@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zoo
 from encoder_tools import NAMES, alone, classifier, engine, make_prompt, run, texts
 
@@ -18,6 +19,7 @@ from fastprompt.errors import (
     UnsupportedError,
 )
 from fastprompt.model import PromptedModel
+from fastprompt.prompts import PromptHead
 from fastprompt.serving.encoder_rows import RowFailedError
 from fastprompt.serving.encoders import Answer, EncoderEngine
 
@@ -115,6 +117,47 @@ def test_pinned_prompts_stay_and_follow_their_name():
         assert all(not held.users for held in residency._held.values())
 
     run(engine(model, memory, max_prompts=2), use)
+
+
+def test_a_pinned_prompt_is_replaced_where_there_is_no_room_for_both():
+    model, memory = classifier()
+
+    async def use(engine: EncoderEngine) -> None:
+        engine.residency.pin("long")
+        while not engine.residency.pinned()["long"]:
+            await asyncio.sleep(0.005)
+        memory.put("long", make_prompt(model, "longer", fp.PTuningV2(num_virtual_tokens=23)))
+        engine.residency.drop("long")
+        answer = await asyncio.wait_for(engine.classify([[7, 8]], "long"), 300)
+        assert answer.version == memory.current("long").version
+        while not engine.residency.pinned()["long"]:
+            await asyncio.sleep(0.005)
+
+    run(engine(model, memory, max_prompt_bytes=int(1.5 * memory.current("long").bytes)), use)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"pre_weight": torch.zeros(3, 3)},
+        {"weight": torch.zeros(())},
+        {"weight": torch.zeros(2, 7)},
+        {"bias": torch.zeros(2)},
+    ],
+)
+def test_a_head_that_does_not_fit_is_told_each_time_and_leaves_nothing(tensors: dict[str, torch.Tensor]):
+    model, memory = classifier()
+    broken = memory.put("broken@home", memory.prompts["tone"].collapse())
+    broken.head, broken.labels = PromptHead("classifier", tensors), None
+
+    async def use(engine: EncoderEngine) -> None:
+        for _ in range(2):
+            with pytest.raises(RowFailedError, match="'broken@home' cannot run on this backbone"):
+                await engine.classify([[7, 8]], "broken@home")
+            await engine.classify([[7, 8]], "tone")
+        assert [name.partition("@")[0] for name in engine.model.prompt_names] == ["tone"]
+
+    run(engine(model, memory), use)
 
 
 def test_budget_and_incompatible_prompts():

@@ -16,11 +16,6 @@ from fastprompt.serving.registry import PromptRegistry
 from fastprompt.store import load_prompt
 
 
-@pytest.fixture
-def registry(tmp_path):
-    return PromptRegistry(tmp_path / "prompts", spec())
-
-
 def prompts():
     labelled = embedding(1)
     labelled.labels, labelled.task_type = ("no", "yes"), "SEQ_CLS"

@@ -13,7 +13,6 @@ from residency_tools import (
     fill,
     held,
     holds,
-    residencies,
     settle,
     spec,
     token_bytes,
@@ -24,18 +23,6 @@ from fastprompt.errors import ArgumentError, BankFullError
 from fastprompt.integrations.transformers.backbone import evaluating
 from fastprompt.prompt_format import prompt_files
 from fastprompt.serving import pipeline
-from fastprompt.serving.registry import PromptRegistry
-
-
-@pytest.fixture
-def registry(tmp_path):
-    return PromptRegistry(tmp_path / "prompts", spec())
-
-
-@pytest.fixture
-def make(registry):
-    with residencies(registry) as build:
-        yield build
 
 
 def test_a_prefix_lies_in_the_arena_as_it_is(registry, make):

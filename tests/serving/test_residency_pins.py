@@ -1,21 +1,9 @@
 """Prompts that an administrator keeps on the device."""
 
 import pytest
-from residency_tools import files, fill, holds, residencies, settle, spec
+from residency_tools import files, fill, holds, settle
 
 from fastprompt.errors import BankFullError, PromptNotFoundError
-from fastprompt.serving.registry import PromptRegistry
-
-
-@pytest.fixture
-def registry(tmp_path):
-    return PromptRegistry(tmp_path / "prompts", spec())
-
-
-@pytest.fixture
-def make(registry):
-    with residencies(registry) as build:
-        yield build
 
 
 def test_pins_stay_and_follow_their_name(registry, make):
@@ -46,6 +34,19 @@ def test_pins_stay_and_follow_their_name(registry, make):
     assert residency.pinned() == {}
     with pytest.raises(PromptNotFoundError, match="not pinned"):
         residency.unpin("p0")
+
+
+def test_a_pinned_prompt_is_replaced_where_there_is_no_room_for_both(registry, make):
+    residency = make(tokens=16)
+    registry.put("p0", files(1, 10))
+    residency.pin("p0")
+    while not residency.pinned()["p0"]:
+        residency.progress()
+    registry.put("p0", files(2, 10))
+    residency.drop("p0")
+    assert holds(residency, settle(residency, "p0"), 2)
+    while not residency.pinned()["p0"]:
+        residency.progress()
 
 
 def test_a_deleted_prompt_is_not_pinned_any_more(registry, make):

@@ -5,24 +5,10 @@ from residency_tools import (
     files,
     fill,
     holds,
-    residencies,
     settle,
-    spec,
 )
 
 from fastprompt.errors import PromptNotFoundError
-from fastprompt.serving.registry import PromptRegistry
-
-
-@pytest.fixture
-def registry(tmp_path):
-    return PromptRegistry(tmp_path / "prompts", spec())
-
-
-@pytest.fixture
-def make(registry):
-    with residencies(registry) as build:
-        yield build
 
 
 @pytest.mark.parametrize("told", [True, False])

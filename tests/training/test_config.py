@@ -101,8 +101,9 @@ data.train = "train.jsonl"
 
 
 def test_the_guide_has_the_reference_and_its_files_are_right(write):
-    guide = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
-    assert guide.endswith(reference())
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    guide = (docs / "training.md").read_text()
+    assert (docs / "config-files.md").read_text().endswith(reference())
     run, sweep = re.findall(r"^```toml\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
     assert [entry.name for entry in load_config(write(run)).prompts] == ["capital", "plural"]
     found = load_config(write(sweep), sweep=True).candidates

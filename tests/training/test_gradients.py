@@ -75,7 +75,7 @@ def test_two_processes(options: dict[str, Any], alone: dict[str, dict[str, torch
             assert torch.equal(weight, second["weights"][method][key])
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
 def test_heads_and_embedded_prompts_of_an_encoder(name: str) -> None:
     given = [
         cases.job(

@@ -145,6 +145,18 @@ def test_a_backbone_that_reads_no_tokens() -> None:
         fp.PromptedModel(transformers.WhisperForConditionalGeneration(config))
 
 
+def test_what_is_no_model_and_no_jobs() -> None:
+    job = cases.job("prefix_tuning")
+    for model, jobs, told in (
+        (zoo.causal("llama"), [job], "model is LlamaForCausalLM, expected PromptedModel"),
+        (cases.causal(), job, "jobs is Job, expected a list"),
+        (cases.causal(), [{"name": "a"}], "jobs has dict, expected Job"),
+    ):
+        for act in (fp.train, check):
+            with pytest.raises(TrainingError, match=told):
+                act(model, jobs)
+
+
 def test_no_jobs() -> None:
     assert "jobs is empty" in problems(cases.causal(), [])[0]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from task_tools import batch_of, bert, bert_tokenizer, by_item, context, output, problems, rows
+from tokenizers import normalizers
 from torch.nn.functional import log_softmax
 
 from fastprompt import PromptedModel, PromptTuning, PTuningV2
@@ -189,3 +190,10 @@ def test_rows_of_mixed_methods_have_the_losses_they_have_alone():
     ]
     expected = [task.losses(model(b.input_ids, b.attention_mask, prompts=list(b.prompts)), b) for b in alone]
     torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_a_context_without_tokens_is_a_problem():
+    nothing = {"question": "where ?", "context": "\N{ZERO WIDTH SPACE}", "answers": {"text": [], "answer_start": []}}
+    task, tokenizer = QuestionAnswering(no_answer=True), bert_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer()
+    assert problems(task, [nothing], context(tokenizer)) == ["example 0: its context has no tokens"]

@@ -11,10 +11,22 @@ from fastprompt.errors import ArgumentError
 
 
 def batch_rows(inputs: dict[str, Any]) -> int:
-    """Number of rows of a call, from whichever input it was given."""
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask"):
-        if inputs.get(name) is not None:
-            return inputs[name].shape[0]
+    """Number of rows of a call, from whichever input it was given; ArgumentError for one that has no rows of tokens."""
+    for name, dim, what in (
+        ("input_ids", 2, "an int64 tensor [B, N], as a tokenizer gives it with return_tensors='pt'"),
+        ("inputs_embeds", 3, "a tensor [B, N, E]"),
+        ("decoder_input_ids", 2, "an int64 tensor [B, N]"),
+        ("attention_mask", 2, "a tensor [B, N] of ones and zeros"),
+    ):
+        given = inputs.get(name)
+        if given is None:
+            continue
+        if not isinstance(given, torch.Tensor) or given.dim() != dim or not given.numel():
+            came = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+            raise ArgumentError(f"{name} is {came}, expected {what}, with at least one token")
+        if name.endswith("input_ids") and given.dtype not in (torch.int64, torch.int32):
+            raise ArgumentError(f"{name} is {given.dtype}, expected int64: the ids of tokens")
+        return given.shape[0]
     encoded = inputs.get("encoder_outputs")
     if encoded is not None:
         return encoded[0].shape[0]
@@ -43,6 +55,12 @@ def check_masks(inputs: dict[str, Any]) -> None:
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
             came = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ArgumentError(f"{name} is {came}, expected a tensor [B, tokens] of ones and zeros with prompts")
+    mask = inputs.get("attention_mask")
+    own = next((inputs[n] for n in ("input_ids", "inputs_embeds") if inputs.get(n) is not None), None)
+    if mask is not None and own is not None and (len(mask) != len(own) or mask.shape[1] < own.shape[1]):
+        raise ArgumentError(
+            f"attention_mask is {list(mask.shape)}, expected {list(own.shape[:2])}: one entry for each of the tokens"
+        )
 
 
 def text_mask(inputs: dict[str, Any]) -> torch.Tensor:

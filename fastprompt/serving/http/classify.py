@@ -77,7 +77,7 @@ async def token_classify(body: TokenClassifyRequest, request: Request) -> Respon
     _need(engine, "token", "/v1/token-classify")
     tagging.need_fast(engine.tokenizer)
     texts, places = _texts(body)
-    encoded = (await engine.encode(texts, verbose=False)).encodings
+    encoded = [encoding for part in await engine.encode(texts) for encoding in part.encodings]
     words = [
         tagging.found_words(e, text) if place is None else tagging.given_words(e, place)
         for e, text, place in zip(encoded, texts, places, strict=True)

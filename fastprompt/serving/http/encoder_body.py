@@ -43,8 +43,8 @@ class InputFields(ModelFields):
         check_count(len(texts), "input")
         if not isinstance(texts[0], str):
             return texts
-        cut = {"truncation": True, "max_length": max(1, await engine.room(prompt))} if self.truncate else {}
-        return (await engine.encode(texts, verbose=False, **cut))["input_ids"]
+        most = max(1, await engine.room(prompt)) if self.truncate else None
+        return [ids for part in await engine.encode(texts, most) for ids in part["input_ids"]]
 
 
 def check_count(count: int, param: str) -> None:

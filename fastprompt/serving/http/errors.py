@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from fastprompt.errors import (
@@ -85,6 +85,8 @@ def explain(error: Exception) -> ApiError:
     """What a caller is told of an error that happened while answering; not its traceback, nor the server's paths."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ClientDisconnect):
+        return invalid("the request's body broke off", code="incomplete_body")
     if isinstance(error, OverloadedError):
         return too_many(str(error), error.retry_after, "overloaded")
     if isinstance(error, PromptNotFoundError):

@@ -8,6 +8,7 @@ import gc
 import ipaddress
 import logging
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +65,22 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def check_free(place: Binding) -> None:
+    """Raise ArgumentError where nobody can listen, before a backbone is loaded for it."""
+    try:
+        found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        old = [address for address in found if address[0] == socket.AF_INET]  # a machine may have no other
+        for family, kind, protocol, _, address in old or found:
+            with socket.socket(family, kind, protocol) as held:
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                held.bind(address)
+    except OSError as error:
+        raise ArgumentError(
+            f"--host {place.host} --port {place.port} cannot be listened at ({error.strerror}): choose another port, "
+            "or an address of this machine"
+        ) from None
 
 
 def run(app: FastAPI, place: Binding, drain_seconds: float = 30.0) -> None:

@@ -1,4 +1,4 @@
-"""The reference of config files, as Markdown tables made from the tables' models (`docs/training.md` holds them)."""
+"""The reference of config files: tables in Markdown, made from the models. `docs/config-files.md` holds them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _of(model: type[Table]) -> Iterable[tuple[str, FieldInfo]]:
 
 def _section(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]
-    return "\n".join([f"### {title}", "", *lines, ""])
+    return "\n".join([f"## {title}", "", *lines, ""])
 
 
 def _type(field: FieldInfo) -> str:

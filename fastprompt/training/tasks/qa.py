@@ -92,6 +92,8 @@ class QuestionAnswering(Task):
         for i, ids in enumerate(encoded["input_ids"]):
             types = encoded["token_type_ids"][i] if "token_type_ids" in encoded else None
             labels = _window(encoded, i, context.tokenizer.cls_token_id, spans[0] if spans else None)
+            if not labels.offsets:
+                raise ExampleError("its context has no tokens")
             rows.append(Features(list(ids), labels, types))
         return tuple(rows)
 

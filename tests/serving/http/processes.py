@@ -39,11 +39,13 @@ class Process:
                 break
         else:
             raise AssertionError("".join(self.log))
+        once = httpx.Limits(max_keepalive_connections=0)  # nothing that stays open would be waited for
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE, limits=once)
         self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr or ()))
         self.reader.start()
 
     def get(self, path: str, key: str = ANY) -> int:
-        return httpx.get(self.url + path, headers=bearer(key), timeout=PATIENCE).status_code
+        return self.client.get(path, headers=bearer(key)).status_code
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -54,8 +56,7 @@ class Process:
 
         def ask() -> None:
             try:
-                url = f"{self.url}/v1/completions"
-                answers.append(httpx.post(url, json=ASKED | fields, headers=bearer(ANY), timeout=PATIENCE))
+                answers.append(self.client.post("/v1/completions", json=ASKED | fields, headers=bearer(ANY)))
             except httpx.HTTPError as error:
                 answers.append(error)
 
@@ -70,10 +71,11 @@ class Process:
             time.sleep(0.01)
 
     def running(self) -> bool:
-        page = httpx.get(f"{self.url}/v1/stats", headers=bearer("key-of-admin-0123456789"), timeout=PATIENCE)
+        page = self.client.get("/v1/stats", headers=bearer("key-of-admin-0123456789"))
         return page.json()["engine"]["running"] > 0
 
     def end(self) -> int:
         code = self.process.wait(PATIENCE)
         self.reader.join()
+        self.client.close()
         return code

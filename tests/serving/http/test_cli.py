@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from fastprompt import demo, env
 from fastprompt.cli import app
 from fastprompt.cli.sizes import parse_bytes
 from fastprompt.errors import ArgumentError
-from fastprompt.serving.launch import generates
+from fastprompt.serving.launch import EngineConfig, generates, make_engine
 
 KEY, ADMIN = "a-key-for-the-command", "an-admin-key-for-it"
 
@@ -42,7 +43,13 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path):
     assert "cannot be read" in run(*prompts, "--keys", str(tmp_path / "absent.toml"))
     assert "--dtype" in run(*prompts, "--dtype", "float99")
     assert "--device" in run(*prompts, "--device", "nowhere")
+    assert "--storage" in run(*prompts, "--storage", "int4")
+    assert "--storage" in run(*prompts, "--storage", "int8", "--engine", "vllm")
     assert "--kv-bytes" in run(*prompts, "--kv-bytes", "much")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"--port {port} cannot be listened at (Address already in use)" in run(*prompts, "--port", port)
+    assert "nowhere.invalid" in run(*prompts, "--host", "nowhere.invalid", "--insecure")
     (tmp_path / "keys.toml").write_text("[[keys]]\nname='a'\nkey='short'\nprompts=[]\ntypo=1")
     told = run(*prompts, "--keys", str(tmp_path / "keys.toml"))
     assert "at least 16" in told and "typo" in told and "short'" not in told
@@ -60,6 +67,14 @@ def test_sizes(text, number):
 def test_sizes_that_are_none(text):
     with pytest.raises(ArgumentError, match="--kv-bytes"):
         parse_bytes("--kv-bytes", text)
+
+
+def test_prompts_in_eight_bits(tmp_path, monkeypatch):
+    options = []
+    monkeypatch.setattr("fastprompt.serving.build.build_engine", lambda *given: options.append(given[-1]))
+    engine = make_engine(EngineConfig("embedded", str(tmp_path), storage="int8", host_bytes=1 << 20))
+    engine._build()
+    assert (options[0].storage, options[0].host_bytes) == ("int8", 1 << 20)
 
 
 def test_kinds_of_backbones(tmp_path):

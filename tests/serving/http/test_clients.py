@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import time
 
@@ -41,6 +42,21 @@ def connect(port, body: dict, *, window: int | None = None) -> socket.socket:
     )
     made.sendall(head.encode() + b"\r\n\r\n" + content)
     return made
+
+
+@pytest.mark.parametrize("kind", ["application/zip", "multipart/form-data; boundary=b"])
+def test_an_upload_that_breaks_off_is_no_fault_of_the_servers(port_of, caplog, kind):
+    with port_of() as port:
+        client = socket.create_connection(("127.0.0.1", port.number))
+        head = f"PUT /v1/prompts/it HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: 1000\r\n\r\n--b\r\n"
+        client.sendall(head.encode())
+        until(lambda: port.app.state.server.active)
+        client.close()
+        until(lambda: 'method="PUT"' in httpx.get(f"{port.url}/metrics").text)
+        counted = re.findall(
+            r'http_requests_total{method="PUT".*status="(\d+)"}', httpx.get(f"{port.url}/metrics").text
+        )
+    assert counted == ["400"] and "an answer failed" not in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
