@@ -98,6 +98,7 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {  # a name that ends in "?
     "memory ratio": (
         {"case": str, "over": str, "under": str, "ratio": NUMBER, "target": Maybe(str), "met": Maybe(bool)},
     ),
+    "quickstart": ({"seconds": Map(NUMBER), "total": NUMBER, "most": NUMBER, "met": bool},),
     "replicas": (
         {
             "phase": str, "affinity": NUMBER, "slowest": NUMBER, "met": Maybe(bool),
