@@ -44,7 +44,7 @@ COMMANDS = {
     "chosen-layers": Command("chosen_layers", "backward of P-Tuning v2 on the top quarter of the layers", True),
     "prefix-attention": Command("prefix_attention", "micro of attention alone, with targets and more shapes", True),
     "prefix-attention-memory": Command("prefix_attention_memory", "what prefix attention allocates and keeps"),
-    "quickstart": Command("quickstart", "seconds from a fresh clone to the demo's first mixed batch, downloads included"),
+    "quickstart": Command("quickstart", "from a fresh clone to the demo's first mixed batch, downloads included"),
     "launch-cost": Command("launch_cost", "what launching a Triton kernel costs the host"),
     "serving-engine": Command("serving_engine", "the serving engine against generate, without HTTP", True),
     "registered-prompts": Command("registered_prompts", "a registry of 100,000 prompts against one of 10", True),

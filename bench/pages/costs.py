@@ -1,4 +1,4 @@
-"""What the pages say about ops beside each other, the whole model in short, and how costs grow."""
+"""What the pages say about ops beside each other, the whole model in short, the quickstart, and how costs grow."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bench.pages.results import Table, Tables, Values, bracketed, over, record, 
 MICRO = "micro-cpu.jsonl"
 E2E = "e2e-cpu.jsonl"
 SWEEP = "sweep-cpu.jsonl"
+QUICKSTART = "quickstart-cpu.jsonl"
 _OPS = ("paged_prefix_attention", "embed_prompts", "merge_states", "grouped_linear")
 _TOGETHER = "single pass"
 _WORTH = 8  # kWorth of csrc/cpu/schedule.h
@@ -120,4 +121,5 @@ VALUES: Values = {
     "region.long": region(_TOGETHER, min, together=True, least=256),
     "region.folded": region("folded", min),
     "region.lost": region_lost,
+    "quickstart": lambda: f"{record(QUICKSTART, kind='quickstart')['total']:.0f}",
 }
