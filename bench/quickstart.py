@@ -23,7 +23,7 @@ STEPS = {
     "fastprompt": ".venv/.installed",
     "demo": "demo",
 }  # what make makes, one after the other
-_INHERITED = ("VIRTUAL_ENV", "PYTHONPATH", "OMP_NUM_THREADS", "MAKEFLAGS")  # of whoever measures
+_INHERITED = ("VIRTUAL_ENV", "PYTHONPATH", "OMP_NUM_THREADS", "MAKEFLAGS", "MAKELEVEL")  # of whoever measures
 _MOST = 300.0  # seconds
 _TOLD = 2000  # characters of a failed step's output
 
