@@ -81,6 +81,6 @@ def test_what_was_built_loads_without_a_gpu():
     cache = x.view(1, 1, 4, 64)
     given = (x, None, x, cache, cache, index[None], index, index[:1], x, x, index[:1], index[:1], None, None, None)
     with pytest.raises(RuntimeError, match="a tensor is not in the memory of a GPU"):
-        built.Decode(*given, 1.0, 0, 0.0, 0)
+        built.Decode(*given, 1.0, 0, 0.0, 0, None, None)
     if not torch.cuda.is_available():
         assert "a GPU and its driver are not installed" in native.cuda_obstacle()
