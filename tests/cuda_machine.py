@@ -166,7 +166,7 @@ def arguments(
     prefix_scales: tuple[Tensor, Tensor] | None = None,
     loads: Loads = Loads.AUTO,
 ) -> Args:
-    """The C arguments of a call; tensors must outlive them. `sharing` is that of a plan."""
+    """The C arguments of a call, which keep its tensors as `tensors`. `sharing` is that of a plan."""
     (tokens, heads, dim), (_, size, kv_heads, _) = q.shape, k_cache.shape
     rows = kv_len.shape[0]
     a = Args(rows=rows, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=dim, block_size=size)
@@ -186,6 +186,7 @@ def arguments(
     }  # fmt: skip
     for name, tensor in pointers.items():
         setattr(a, name, None if tensor is None else tensor.data_ptr())
+    a.tensors = {**{n: x for n, x in pointers.items() if x is not None}, "sharing": sharing}
     a.scale, a.softcap, a.window = scale or dim**-0.5, softcap or 0.0, window or 0
     a.sinks_dtype = _DTYPES[torch.float32 if sinks is None else sinks.dtype]
     if sharing is not None:

@@ -66,11 +66,18 @@ def compiling(target: str, folder: Path) -> Iterator[list[Compiled]]:
         read = _nvidia if TARGETS[target].backend == "cuda" else _amd
         found.append(Compiled(kernel.__name__, target, tile.warps, tile.stages, *read(binary, folder)))
 
+    with elsewhere(target, launched):
+        yield found
+
+
+@contextmanager
+def elsewhere(target: str, launched: Callable[..., None]) -> Iterator[None]:
+    """The ops' launchers see a machine with this GPU, and `launched` takes what they launch."""
     users = [m for m in _modules() if hasattr(m, "launch") and m is not launch]
     with _patched(users, launched), mock.patch.object(tiles, "_machine", return_value=_MACHINES[target]):
         driver.set_active(_Elsewhere(TARGETS[target]))
         try:
-            yield found
+            yield
         finally:
             driver._active = None
 
