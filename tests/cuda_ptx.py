@@ -1,17 +1,25 @@
-"""The CUDA decode kernels as nvcc compiles them, run by `ptx_machine`, with the interface of `cuda_machine.Machine`."""
+"""The CUDA decode kernels as nvcc compiles them, run by `ptx_machine`, with the interface of `cuda_machine.Machine`.
+
+`PYTHONPATH=. python tests/cuda_ptx.py record` counts what they ask of memory, into bench/results/cuda_counts.csv.
+"""
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import re
 import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from cuda_cases import Batch, batch, check
 from cuda_compiled import ROOT, nvcc
-from cuda_machine import Args, Chip, Copies, Machine, Schedule
+from cuda_machine import SHARERS, Args, Chip, Copies, Loads, Machine, Schedule, chip
 from ptx_machine import Copies as When
-from ptx_machine import Kernel, Memory, launch, parse
+from ptx_machine import Counts, Kernel, Memory, launch, parse
 from torch import Tensor
 
 _MERGE_WARPS = 4
@@ -31,6 +39,7 @@ class PtxMachine:
     kernels: dict[tuple[str, int, int], Kernel]
     capability: int  # of the GPU it was compiled for
     order: int | None = None
+    counts: Counts | None = None
 
     @classmethod
     def compile(cls, host: Machine, target: str, folder: Path) -> PtxMachine:
@@ -47,31 +56,25 @@ class PtxMachine:
         """One warp runs at a time, as far as it can, in an order of its own."""
         return replace(self, order=seed)
 
+    def counting(self) -> PtxMachine:
+        """What is run from now on is counted in `counts`."""
+        return replace(self, counts=Counts())
+
     def schedule(self, args: Args, on: Chip) -> Schedule | int:
         return self.host.schedule(args, on)
 
     def run(self, args: Args, schedule: Schedule, copies: Copies = Copies.EAGER, seed: int = 0) -> None:
         memory = Memory()
         call = _Call(_elsewhere(args, memory), schedule)
-        call.args.workspace, call.args.workspace_bytes = (
-            memory.allocate(schedule.workspace_bytes),
-            schedule.workspace_bytes,
-        )
+        call.args.workspace = memory.allocate(schedule.workspace_bytes)
+        call.args.workspace_bytes = schedule.workspace_bytes
         dtype, dim = args.dtype, args.head_dim
         when = When.EARLY if copies == Copies.EAGER else When.LATE
         decode, merge = (self.kernels[name, dtype, dim] for name in ("decode", "merge"))
-        launch(
-            decode,
-            memory,
-            bytes(call),
-            schedule.blocks,
-            32 * schedule.warps,
-            schedule.shared_bytes,
-            when=when,
-            seed=self.order,
-        )
+        how = {"when": when, "seed": self.order, "counts": self.counts}
+        launch(decode, memory, bytes(call), schedule.blocks, 32 * schedule.warps, schedule.shared_bytes, **how)
         if schedule.merge_blocks:
-            launch(merge, memory, bytes(call), schedule.merge_blocks, 32 * _MERGE_WARPS, when=when, seed=self.order)
+            launch(merge, memory, bytes(call), schedule.merge_blocks, 32 * _MERGE_WARPS, **how)
         memory.fetch()
 
 
@@ -108,3 +111,59 @@ def _elsewhere(args: Args, memory: Memory) -> Args:
         else:
             setattr(moved, name, address)
     return moved
+
+
+RECORD = ROOT / "bench" / "results" / "cuda_counts.csv"
+
+
+def floor(b: Batch, shares: bool) -> int:
+    """Bytes of the keys and values of a batch in 16 bits, those of a prefix once for each tile of rows."""
+    own, prefix, (_, _, kv_heads, dim) = b.tensors[5], b.tensors[9], b.tensors[1].shape
+    keys = int(own.sum())
+    if shares and b.sharing is not None:
+        tiles, rest = divmod(len(b.sharing), 4 + SHARERS)
+        first = b.sharing[4 * tiles + rest :].view(-1, SHARERS)[:, 0]
+        keys += int(prefix[first[first >= 0]].sum() + prefix[b.sharing[: len(own)] < 0].sum())
+    else:
+        keys += int(prefix.sum())
+    return 4 * keys * kv_heads * dim
+
+
+def count(machine: PtxMachine, b: Batch, loads: Loads, multiprocessors: int = 4) -> dict[str, Any]:
+    """A checked call: what it loads over the least it could, and what it takes for 16 keys of a key-value head."""
+    counting = machine.counting()
+    schedule = check(counting, b, on=chip(machine.capability, multiprocessors), loads=loads, copies=Copies.EAGER)
+    found, least = counting.counts, floor(b, schedule.shared_parts > 0)
+    slices = least / (4 * 16 * b.tensors[0].shape[2])
+    return {
+        "bytes": least,
+        "moved": round(found.moved / least, 3),
+        "rounds": round(found.rounds / found.least, 3),
+        "instructions": round((found.instructions.total() - found.instructions["mov"]) / slices),
+    }
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Rows that read alone and rows that read a prefix together, both ways to load."""
+    machine, found = PtxMachine.compile(Machine.build(folder), "sm_90a", folder), []
+    for dim in (64, 128):
+        cases = {
+            "4 rows alone, P 256, S 512": batch([(0, 256)] * 4, [512] * 4, heads=(8, 2), dim=dim, tokens=256),
+            "16 rows together, P 2048, S 64": batch(
+                [(0, 2048)] * 16, [64] * 16, heads=(8, 2), dim=dim, tokens=2048, together=[list(range(16))]
+            ),
+        }
+        for case, b in cases.items():
+            for loads in (Loads.ASYNC, Loads.BULK):
+                found.append({"case": case, "head_dim": dim, "loads": loads.name, **count(machine, b, loads)})
+    return found
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["record"], __doc__
+    with tempfile.TemporaryDirectory() as scratch:
+        made = lines(Path(scratch))
+    with RECORD.open("w") as file:
+        writer = csv.DictWriter(file, made[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(made)

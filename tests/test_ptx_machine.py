@@ -123,6 +123,8 @@ def test_bits_and_bytes():
     swap = "mov.b32 {%rs1, %rs2}, %r8;\nmov.b32 %r10, {%rs2, %rs1};\n"
     got = run(both + swap + "st.global.b32 [%rd5], %r10;", given, room())
     assert torch.equal(got, (a >> 16 & 0xFFFF) | a << 16)
+    got = run(both + "shf.l.wrap.b32 %r10, %r8, %r9, 12;\nst.global.b32 [%rd5], %r10;", given, room())
+    assert torch.equal(got, b << 12 | a >> 20 & 0xFFF)
     got = run(both + "shfl.sync.bfly.b32 %r10, %r8, 5, 31, -1;\nst.global.b32 [%rd5], %r10;", given, room())
     assert torch.equal(got, a[torch.arange(128) ^ 5])
 

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.checkout import ROOT
-from bench.pages import costs, quality, serving, speed, training, vllm
+from bench.pages import costs, kernels, quality, serving, speed, training, vllm
 from bench.pages.results import Table
 
-TABLES = {**speed.TABLES, **costs.TABLES, **training.TABLES, **serving.TABLES, **vllm.TABLES, **quality.TABLES}
+TABLES = {
+    **speed.TABLES, **costs.TABLES, **training.TABLES, **serving.TABLES, **vllm.TABLES, **quality.TABLES,
+    **kernels.TABLES,
+}  # fmt: skip
 VALUES = {**speed.VALUES, **costs.VALUES, **serving.VALUES, **quality.VALUES}
 
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)  # what stands there shows a mark and is none

@@ -103,17 +103,18 @@ class Ring {
   }
   FP_DEVICE int32_t key(int32_t first) const { return lesser(first + lane() % kSliceKeys, end_ - 1); }
 
-  // The page of this lane's next key, ahead of its use.
+  // The page of this lane's next key and its place there, ahead of their use.
   FP_DEVICE void look_up() {
-    const int32_t own = key(next_) - prefix_;
-    page_ = next_ < end_ && own >= 0 ? table_[own / call_.args.block_size] : 0;
+    const int32_t own = larger(key(next_) - prefix_, 0), page = own / call_.args.block_size;
+    slot_ = own - page * call_.args.block_size;
+    page_ = next_ < end_ && key(next_) >= prefix_ ? table_[page] : 0;
   }
 
+  // Where this lane's next key is.
   FP_DEVICE const char* row(int32_t t) const {
     if (t < prefix_) return arena_ + t * arena_step();
-    const int64_t slot = (t - prefix_) % call_.args.block_size, page = page_;
-    return cache_ + 2 * (page * pick(call_.args.k_block_stride, call_.args.v_block_stride) +
-                         slot * pick(call_.args.k_slot_stride, call_.args.v_slot_stride));
+    return cache_ + 2 * (int64_t{page_} * pick(call_.args.k_block_stride, call_.args.v_block_stride) +
+                         int64_t{slot_} * pick(call_.args.k_slot_stride, call_.args.v_slot_stride));
   }
   FP_DEVICE bool is_narrow(int32_t t) const { return narrow() && t < prefix_; }
 
@@ -131,12 +132,20 @@ class Ring {
     const int32_t t = key(next_);
     const uint64_t at = reinterpret_cast<uint64_t>(row(t));
     const uint32_t narrow = ballot(is_narrow(t));
-#pragma unroll 4
+    if (narrow != 0) {  // some rows of half as many bytes
+#pragma unroll 1
+      for (int i = 0; i < kUnits; ++i) {
+        const int unit = i * kLanes + lane(), from = unit / kUnits, offset = unit % kUnits * 16;
+        const char* source = reinterpret_cast<const char*>(shfl(at, from)) + offset;
+        const bool half = narrow >> from & 1;
+        if (!half || offset < D) copy_async(to + from * Slice<D>::kPitch + (half ? D : 0) + offset, source);
+      }
+      return;
+    }
+#pragma unroll 8
     for (int i = 0; i < kUnits; ++i) {
       const int unit = i * kLanes + lane(), from = unit / kUnits, offset = unit % kUnits * 16;
-      const char* source = reinterpret_cast<const char*>(shfl(at, from)) + offset;
-      const bool half = narrow >> from & 1;
-      if (!half || offset < D) copy_async(to + from * Slice<D>::kPitch + (half ? D : 0) + offset, source);
+      copy_async(to + from * Slice<D>::kPitch + offset, reinterpret_cast<const char*>(shfl(at, from)) + offset);
     }
   }
 
@@ -161,7 +170,7 @@ class Ring {
   char* shared_;
   uint64_t* barriers_;
   int fill_ = 0, drain_ = 0, parity_ = 0;
-  int32_t end_, prefix_, next_, page_;
+  int32_t end_, prefix_, next_, page_, slot_;
   const int32_t* table_;
   const char *arena_, *cache_;
   float value_scale_;

@@ -37,6 +37,7 @@ template <class T>
 FP_DEVICE T larger(T a, T b) {
   return a < b ? b : a;
 }
+FP_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // one instruction; of a number and NaN, the number
 FP_DEVICE int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 }  // namespace fastprompt::cuda

@@ -137,6 +137,13 @@ FP_DEVICE void add_values(const uint32_t (&weights)[4], const char* slice, State
 
 // Logits of the slice of keys t..t+15, none of those from `end` on.
 FP_DEVICE void make_logits(float (&s)[2][4], int32_t t, int32_t end, int32_t prefix, const Logits& logits) {
+  const int32_t behind = t + kSliceKeys;
+  if (logits.softcap == 0 && behind <= end && (t >= prefix || behind <= prefix)) {  // nearly all slices
+    const float factor = t < prefix ? logits.prefix : logits.own;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[i / 4][i % 4] *= factor;
+    return;
+  }
 #pragma unroll
   for (int n = 0; n < 2; ++n)
 #pragma unroll

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 from cuda_cases import SMALL, batch, check, random_case, run, settings
-from cuda_machine import CODES, Copies, Loads, Machine, arguments, chip
+from cuda_machine import CODES, Copies, Loads, arguments, chip
 
 from bench.gpu_check.cost_table import SHAPES
 from fastprompt import costs
@@ -23,9 +23,9 @@ MANY = [PROMPT] * 18 + [OTHER] * 3 + [NONE]
 TILES = [list(range(9)), list(range(9, 18)), [18, 19, 20]]
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    return Machine.build(tmp_path_factory.mktemp("machine"))
+@pytest.fixture
+def machine(host):
+    return host
 
 
 @pytest.mark.parametrize("dim", DIMS)

@@ -5,8 +5,9 @@ never written is NaN. Faults, hangs and what is not defined are errors. Instruct
 kernels have, as NVIDIA's "Parallel Thread Execution ISA", version 9.0, describes them.
 """
 
+from .counts import Counts
 from .launch import Copies, launch
 from .memory import Memory, PtxError
 from .program import Kernel, parse
 
-__all__ = ["Copies", "Kernel", "Memory", "PtxError", "launch", "parse"]
+__all__ = ["Copies", "Counts", "Kernel", "Memory", "PtxError", "launch", "parse"]

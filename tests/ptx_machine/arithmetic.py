@@ -162,6 +162,21 @@ def shift(launch: Any, ins: Instruction) -> Run:
     return lambda mask: np.copyto(out, f(a, by), where=mask)
 
 
+@maker("shf")
+def funnel_shift(launch: Any, ins: Instruction) -> Run:
+    """32 bits of two registers, the second the higher: from bit `by` on, or the upper half shifted to the left."""
+    left, most = ins.opcode[1] == "l", 31 if ins.has("wrap") else 32
+    out, low, high, by = launch.operands(ins, TYPES["b32"])
+
+    def run(mask: Any) -> None:
+        both = np.asarray(high).astype(np.uint64) << np.uint64(32) | low
+        count = np.asarray(by & most if most == 31 else np.minimum(by, most)).astype(np.uint64)
+        found = both << count >> np.uint64(32) if left else both >> count
+        np.copyto(out, found, where=mask, casting="unsafe")
+
+    return run
+
+
 @maker("bfe")
 def bits(launch: Any, ins: Instruction) -> Run:
     dtype = TYPES[ins.opcode[-1]]

@@ -62,6 +62,8 @@ def _asynchronous(launch: Any, ins: Instruction) -> Run:
                 raise PtxError(f"only part of a copy is asked for: {ins.text}")
             values = launch.memory.load(source, np.dtype("u4"), words, whole)
             launch.shared.store(into, [np.where(none, np.uint32(0), v) for v in values], which)
+            launch.count(launch.memory, source, size, whole)
+            launch.count(launch.shared, into, size, which)
 
         if launch.early:
             happen(lanes)
@@ -104,6 +106,7 @@ def _happen(launch: Any, block: int, to: int, of: int, size: int, barrier: int) 
     everywhere, blocks = np.ones(len(steps), bool), np.full(len(steps), block)
     words = launch.memory.load(np.uint64(of) + steps.astype(np.uint64), np.dtype("u4"), 4, everywhere)
     launch.shared.store_in(blocks, to + steps, words, everywhere)
+    launch.count(launch.memory, of + steps, 16, everywhere)
     _change(launch, block, barrier, size=-size)
 
 

@@ -30,6 +30,7 @@ class Flow:
         self._at = np.zeros(launch.lanes, np.int64)
         self._state = np.full(launch.lanes, _RUNS, np.uint8)
         self._random, self._warp = None if seed is None else Random(seed), -1
+        self._whole = True  # whether those that run are whole warps
         self._steps = [self._step(i, ins) for i, ins in enumerate(self._code)]
         self._met = set(launch.kernel.labels.values())  # where threads that went apart may meet
 
@@ -55,7 +56,11 @@ class Flow:
         """Runs these lanes, which are at one instruction, up to the next branch, wait or meeting."""
         at = int(self._at[np.argmax(lanes)])
         mask: Any = True if lanes.all() else lanes
+        by_warp = lanes.reshape(-1, warps.WARP)
+        self._whole = mask is True or np.array_equal(by_warp.any(1), by_warp.all(1))
         while True:
+            if self._launch.counts is not None:
+                self._launch.counts.instruction(self._code[at].opcode[0], lanes)
             try:
                 going = self._steps[at](mask)
             except PtxError as error:
@@ -145,7 +150,7 @@ class Flow:
         size = wgmma.GROUP if ins.opcode[0] == "wgmma" else warps.WARP
 
         def step(mask: Any) -> bool:
-            if mask is True:
+            if mask is True or (self._whole and size == warps.WARP):
                 run(mask)
                 return True
             there = mask | (self._state == _AT_WARP) & (self._at == i)

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import arithmetic, copies
 from .arithmetic import TYPES
+from .counts import Counts
 from .flow import Flow
 from .memory import READ, SHARED_BASE, Array, Memory, PtxError, Shared, Space
 from .program import Instruction, Kernel
@@ -32,18 +33,20 @@ def launch(
     *,
     when: Copies = Copies.EARLY,
     seed: int | None = None,
+    counts: Counts | None = None,
 ) -> None:
     """Runs a kernel to its end.
 
     With a seed, one warp at a time runs until it must wait, in a random order; without, all run together.
-    Raises PtxError where a real machine would fault, hang, or do what is not defined.
+    `counts` adds up what the launch asks of memory. Raises PtxError where a real machine would fault, hang, or do what
+    is not defined.
     """
     if len(params) != kernel.param_bytes:
         raise PtxError(f"{kernel.name} takes {kernel.param_bytes} bytes of parameters, {len(params)} came")
     if threads % WARP:
         raise PtxError(f"{threads} threads are no whole warps")
     with np.errstate(all="ignore"):
-        state = Launch(kernel, memory, params, blocks, threads, shared_bytes, when)
+        state = Launch(kernel, memory, params, blocks, threads, shared_bytes, when, counts)
         Flow(state, seed).run()
 
 
@@ -53,8 +56,9 @@ class Launch:
     generic = 0x6000_0000_0000  # where shared memory lies among all addresses
 
     def __init__(
-        self, kernel: Kernel, memory: Memory, params: bytes, blocks: int, threads: int, shared_bytes: int, when: Copies
-    ) -> None:
+        self, kernel: Kernel, memory: Memory, params: bytes, blocks: int, threads: int, shared_bytes: int,
+        when: Copies, counts: Counts | None,
+    ) -> None:  # fmt: skip
         self.kernel, self.memory, self.early = kernel, memory, when is Copies.EARLY
         self.lanes, self.threads = blocks * threads, threads
         self.block = np.repeat(np.arange(blocks), threads)
@@ -63,6 +67,7 @@ class Launch:
         self.param.open(0, len(params), READ)[:] = np.frombuffer(params, np.uint8)
         self.barriers: dict[tuple[int, int], copies.Barrier] = {}
         self.pending = copies.Pending(np.zeros(self.lanes, np.int64))
+        self.counts = counts
         self.waits = np.zeros(self.lanes, bool)  # for an mbarrier
         self._all = np.ones(self.lanes, bool)
         self._registers = _registers(kernel, self.lanes)
@@ -90,6 +95,11 @@ class Launch:
     def operands(self, ins: Instruction, dtype: Any) -> list[Any]:
         """The first operand to write and the others to read, all of one type."""
         return [self.write(ins.operands[0], dtype), *(self.read(x, dtype) for x in ins.operands[1:])]
+
+    def count(self, space: Space, address: Array, size: int, mask: Array) -> None:
+        """An access to memory: shared memory's either way, global memory's loads."""
+        if self.counts is not None and space is not self.param:
+            (self.counts.banks if space is self.shared else self.counts.load)(address, size, mask)
 
     def mask(self, mask: Any) -> Array:
         """A mask as an array, where True stands for all lanes."""

@@ -117,7 +117,7 @@ class Shared(Space):
     """The shared memory of all blocks, each with addresses of its own."""
 
     def __init__(self, blocks: int, size: int, block: Array) -> None:
-        self._each = -(-size // 16) * 16 + _APART
+        self._each = -(-size // 128) * 128 + _APART  # of all banks
         super().__init__(0, blocks * self._each)
         for b in range(blocks):
             self.open(b * self._each, size, READ | WRITE)

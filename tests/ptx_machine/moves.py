@@ -69,10 +69,10 @@ def space(launch: Any, ins: Instruction) -> Any:
 def address(launch: Any, operand: Any) -> Any:
     """The lanes' addresses, of 64 bits."""
     assert isinstance(operand, Address)
-    base = launch.read(operand.base, launch.stored(operand.base))
-    return lambda: np.broadcast_to(
-        np.asarray(base).astype(np.uint64) + np.uint64(operand.offset % (1 << 64)), launch.lanes
-    )
+    base, offset = launch.read(operand.base, launch.stored(operand.base)), np.uint64(operand.offset % (1 << 64))
+    if np.ndim(base) == 0:
+        base = np.full(launch.lanes, base)
+    return lambda: base.astype(np.uint64) + offset
 
 
 def _count(ins: Instruction) -> int:
@@ -86,8 +86,9 @@ def load(launch: Any, ins: Instruction) -> Run:
     outs = [launch.write(x, launch.stored(x)) for x in to]
 
     def run(mask: Any) -> None:
-        lanes = launch.mask(mask)
-        found = of.load(at(), dtype, len(outs), lanes)
+        lanes, where = launch.mask(mask), at()
+        found = of.load(where, dtype, len(outs), lanes)
+        launch.count(of, where, dtype.itemsize * len(outs), lanes)
         for out, value in zip(outs, found, strict=True):
             bits = value if value.dtype.itemsize < out.dtype.itemsize else value.view(out.dtype)
             np.copyto(out, bits, where=mask, casting="unsafe")
@@ -102,4 +103,11 @@ def store(launch: Any, ins: Instruction) -> Run:
     values = ins.operands[1] if isinstance(ins.operands[1], tuple) else (ins.operands[1],)
     given = [np.asarray(launch.read(x, dtype)) for x in values]
     assert _count(ins) == len(values), ins.text
-    return lambda mask: of.store(at(), given, launch.mask(mask))
+
+    def run(mask: Any) -> None:
+        lanes, where = launch.mask(mask), at()
+        of.store(where, given, lanes)
+        if of is launch.shared:
+            launch.count(of, where, dtype.itemsize * len(given), lanes)
+
+    return run

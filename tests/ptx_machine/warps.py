@@ -98,6 +98,7 @@ def load_matrices(launch: Any, ins: Instruction) -> Run:
         warps = launch.mask(mask).reshape(-1, WARP)[:, 0]
         active = np.broadcast_to(warps[:, None, None], rows.shape).reshape(-1)
         words = launch.shared.load_in(blocks.reshape(-1), rows.reshape(-1), np.dtype("u4"), 4, active)
+        launch.count(launch.shared, rows.reshape(-1), 16, active)
         halves = np.stack(words, -1).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             halves = np.ascontiguousarray(halves.swapaxes(2, 3))
@@ -125,6 +126,7 @@ def store_matrices(launch: Any, ins: Instruction) -> Run:
             halves = np.ascontiguousarray(halves.swapaxes(2, 3))
         words = halves.reshape(-1, 8).view(np.uint32)
         launch.shared.store_in(blocks.reshape(-1), rows.reshape(-1), [words[:, i] for i in range(4)], active)
+        launch.count(launch.shared, rows.reshape(-1), 16, active)
 
     return run
 

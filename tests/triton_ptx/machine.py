@@ -1,6 +1,6 @@
 """The Triton kernels as compiled for a GPU that is not here, run by `ptx_machine` on tensors of the CPU.
 
-As `compiled.py`, but what an op's launcher launches also runs. Must be imported where TRITON_INTERPRET is not set.
+As `triton_kernels/compiled.py`, but what is launched also runs. Must be imported where TRITON_INTERPRET is not set.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
-from compiled import elsewhere
 from ptx_machine import Copies, Memory, launch, parse
+from triton_kernels.compiled import elsewhere
+
+from fastprompt import env
 
 _PACKED = {"i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f", "i1": "?", "i8": "b"}
 
@@ -38,7 +41,7 @@ def running(target: str, when: Copies = Copies.EARLY, seed: int | None = None) -
         memory.fetch()
         ran.append(kernel.__name__)
 
-    with elsewhere(target, launched):
+    with elsewhere(target, launched), mock.patch.object(env, "triton_interpreted", return_value=True):  # on the CPU
         yield ran
 
 
