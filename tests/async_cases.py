@@ -49,7 +49,7 @@ class StandIn:
         self.rows = {}
 
     @property
-    def busy(self):
+    def waits(self):
         return bool(self.rows)
 
     def stats(self):
@@ -66,7 +66,7 @@ class StandIn:
         return [] if found is None else [Tokens(request_id, 0, (), finish_reason="abort")]
 
     def step(self):
-        self.steps += 1
+        self.steps += bool(self.rows)
         events = []
         for name, row in list(self.rows.items()):
             row[1] -= 1

@@ -235,15 +235,12 @@ class AsyncEngine:
             while not self._stop or not self._inbox.empty():
                 self._wake.clear()  # before looking at what it tells of, which may come again meanwhile
                 events = self._commands()
-                if self.engine.busy:
-                    steps = self.engine.steps
-                    events += self.engine.step()
-                    idle = self.engine.steps == steps
-                else:
-                    idle = True
+                steps = self.engine.steps
+                events += self.engine.step()  # also without rows: prompts are pinned, replaced and unloaded
+                idle = self.engine.steps == steps
                 self._tell(events, idle)
                 if idle and not self._stop:
-                    self._wake.wait(_IDLE if self.engine.busy else None)
+                    self._wake.wait(_IDLE if self.engine.waits else None)
         except Exception as error:
             _log.exception("the engine's thread ended")
             self._post(self._fail, StepError(f"the engine ended: {error!r}"))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastprompt.errors import ArgumentError, UnsupportedError
 from fastprompt.model import PromptedModel
-from fastprompt.prompts.base import check_int
+from fastprompt.prompts.base import check_choice, check_int
 from fastprompt.serving.batcher import BatchLimits
+from fastprompt.serving.host_copy import STORAGES
+from fastprompt.serving.residency import HOST_BYTES
 
 if TYPE_CHECKING:
     from fastprompt.serving.registry import PromptVersion
@@ -22,8 +24,9 @@ class EncoderOptions:
     """Limits of an `EncoderEngine`.
 
     `max_length` are tokens of a text, without virtual ones; None: what the backbone's positions and the tokenizer
-    allow. Loaded prompts beyond `max_prompts` or `max_prompt_bytes` (of their files) make room for new ones. `threads`
-    is for torch; None: as many as it has now.
+    allow. Loaded prompts beyond `max_prompts` or `max_prompt_bytes` (of their files) make room for new ones. Copies of
+    at most `host_bytes` stay in host memory, there as `storage` says. `threads` is for torch; None: as many as it has
+    now.
     """
 
     batch: BatchLimits = field(default_factory=BatchLimits)
@@ -31,12 +34,16 @@ class EncoderOptions:
     max_queued: int = 4096  # rows
     max_prompts: int = 1024
     max_prompt_bytes: int = 2**30
+    host_bytes: int = HOST_BYTES
+    storage: str = "model"
     threads: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_length", "max_queued", "max_prompts", "max_prompt_bytes", "threads"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
+        check_int("host_bytes", self.host_bytes, 0)
+        check_choice("storage", self.storage, STORAGES)
 
 
 @dataclass(frozen=True)

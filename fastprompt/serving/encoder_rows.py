@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastprompt.errors import ArgumentError, FastPromptError, UnsupportedError
+from fastprompt.errors import ArgumentError, UnsupportedError
 from fastprompt.model import PromptedModel
 from fastprompt.prompts.base import check_choice
+from fastprompt.serving.request import RowFailedError
 
 POOLINGS = ("mean", "cls", "last")
 _TASKS = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}
-
-
-class RowFailedError(FastPromptError, RuntimeError):
-    """The backbone has no usable answer to a row; other rows are not concerned."""
 
 
 @dataclass(frozen=True)

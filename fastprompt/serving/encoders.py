@@ -19,10 +19,11 @@ from fastprompt.prompts import SoftPrompt
 from fastprompt.serving.backlog import Backlog
 from fastprompt.serving.batcher import Batcher
 from fastprompt.serving.encoder_options import EncoderOptions, TextLimits
-from fastprompt.serving.encoder_rows import MEAN, EncoderRow, Pooling, RowFailedError, RowRunner, task_of
+from fastprompt.serving.encoder_rows import MEAN, EncoderRow, Pooling, RowRunner, task_of
 from fastprompt.serving.encoder_texts import Texts
-from fastprompt.serving.loaded import Loaded, LoadedPrompts, LoadedStats, PromptSource
-from fastprompt.serving.request import Finished, OverloadedError
+from fastprompt.serving.loaded import Loaded, LoadedPrompts, PromptSource
+from fastprompt.serving.request import Finished, OverloadedError, RowFailedError
+from fastprompt.serving.tier_stats import LoadedStats
 
 Ids = Sequence[int]
 
@@ -73,7 +74,7 @@ class EncoderEngine:
         values[i] = model(ids[i], prompts=current version of `prompt`)       # alone, up to rounding
     A request keeps the version it began with, also when the prompt is replaced or deleted meanwhile. All methods are
     called on one event loop; one thread runs torch, one reads files. `observe` is called on the loop for each request
-    that was answered.
+    that ended.
 
     Args:
         model: a sequence or token classifier, or a body without a head for embeddings.
@@ -110,6 +111,8 @@ class EncoderEngine:
             thread=self._torch,
             max_prompts=options.max_prompts,
             max_bytes=options.max_prompt_bytes,
+            host_bytes=options.host_bytes,
+            storage=options.storage,
             check=self.limits.check_prompt,
         )
         self._backlog = Backlog(options.max_queued, "texts")
@@ -192,22 +195,19 @@ class EncoderEngine:
         return self._prompts
 
     async def _answer(self, texts: Sequence[Ids], prompt: str | None, pooling: Pooling | None) -> Answer:
-        begin = time.monotonic()
         self.limits.check(texts)
-        with self._admitted(prompt, len(texts)):
+        with self._admitted(prompt, texts):
             held = await self._prompts.acquire(prompt) if prompt is not None else None
             try:
-                values = await self._run(texts, held, pooling)
-                answer = self._labelled(texts, held, values)
+                return self._labelled(texts, held, await self._run(texts, held, pooling))
             finally:
                 if held is not None:
                     self._prompts.release(held)
-        self.observe(Finished(prompt, answer.tokens, 0, None, time.monotonic() - begin, "stop"))
-        return answer
 
     @contextmanager
-    def _admitted(self, prompt: str | None, rows: int) -> Iterator[None]:
-        """Count a request's rows, or refuse it where there are too many."""
+    def _admitted(self, prompt: str | None, texts: Sequence[Ids]) -> Iterator[None]:
+        """Count a request's rows and tell of its end, or refuse it where there are too many."""
+        rows, begin, reason = len(texts), time.monotonic(), "abort"  # what a caller that goes away leaves behind
         if rows > self.options.max_queued:
             raise ArgumentError(f"the request has {rows} texts, expected at most {self.options.max_queued}: split it")
         wait = max(1.0, self._batcher.backlog())
@@ -217,7 +217,9 @@ class EncoderEngine:
         self._idle.clear()
         try:
             yield
+            reason = "stop"
         except Exception as error:
+            reason = "error"
             if isinstance(error, FastPromptError) or self.alive:
                 raise
             raise OverloadedError("the server is stopping: try another one", wait) from error
@@ -225,6 +227,7 @@ class EncoderEngine:
             self._backlog.leave(prompt, rows)
             if not self._backlog.total:
                 self._idle.set()
+            self.observe(Finished(prompt, sum(map(len, texts)), 0, None, time.monotonic() - begin, reason))
 
     async def _run(self, texts: Sequence[Ids], held: Loaded | None, pooling: Pooling | None) -> list[np.ndarray]:
         room = self.limits.room(held.version if held else None)

@@ -93,6 +93,11 @@ class Engine:
         return bool(self._rows)
 
     @property
+    def waits(self) -> bool:
+        """Whether there are rows, or pinned prompts that are not on the device yet."""
+        return self.busy or self.residency.waits
+
+    @property
     def steps(self) -> int:
         """Batches run so far."""
         return self._steps

@@ -1,13 +1,20 @@
-"""Prefixes in host memory, least recently used ones first to go."""
+"""Prompts in host memory, least recently used ones first to go."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Generic, Protocol, TypeVar
 
-from fastprompt.serving.host_copy import HostCopy
+
+class Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
 
 
-class HostTier:
+Copy = TypeVar("Copy", bound=Sized)
+
+
+class HostTier(Generic[Copy]):
     """Copies by version, together at most `budget` bytes; `evictions` counts those that had to leave.
 
     A copy above the whole budget is not taken in. The caller sees to it that one thread at a time is inside.
@@ -17,7 +24,7 @@ class HostTier:
         self.budget = budget
         self.bytes = 0
         self.evictions = 0
-        self._copies: OrderedDict[str, HostCopy] = OrderedDict()
+        self._copies: OrderedDict[str, Copy] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._copies)
@@ -25,14 +32,14 @@ class HostTier:
     def __contains__(self, version: str) -> bool:
         return version in self._copies
 
-    def get(self, version: str) -> HostCopy | None:
+    def get(self, version: str) -> Copy | None:
         """A copy, now the most recently used one."""
         copy = self._copies.get(version)
         if copy is not None:
             self._copies.move_to_end(version)
         return copy
 
-    def put(self, version: str, copy: HostCopy) -> None:
+    def put(self, version: str, copy: Copy) -> None:
         """Take a copy in, and let others go where it needs their room."""
         self.discard(version)
         if copy.nbytes > self.budget:

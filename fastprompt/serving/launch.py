@@ -50,19 +50,19 @@ def make_engine(config: EngineConfig) -> Engine:
     Errors: ArgumentError for a dtype, a device or a backbone that is not there.
     """
     from fastprompt.cli.backbones import load_tokenizer
+    from fastprompt.serving.host_copy import STORAGES
 
+    if config.storage not in (None, *STORAGES):
+        raise ArgumentError(f"storage (--storage) is {config.storage!r}, expected {', '.join(STORAGES)}")
     load = _loader(config)
     tokenizer = load_tokenizer(config.backbone)
     if not generates(config.backbone):
         return _encoder(config, load, tokenizer)
     from fastprompt.serving.async_engine import AsyncEngine
     from fastprompt.serving.build import EngineOptions, build_engine
-    from fastprompt.serving.host_copy import STORAGES
     from fastprompt.serving.scheduler import Rules
 
     rules = Rules(**_given(config, "max_rows", "max_batch_tokens"))
-    if config.storage not in (None, *STORAGES):
-        raise ArgumentError(f"storage (--storage) is {config.storage!r}, expected {', '.join(STORAGES)}")
     sizes = _given(config, "max_model_len", "kv_bytes", "device_bytes", "host_bytes", "storage")
     options = EngineOptions(rules=rules, **sizes)
     return AsyncEngine(
@@ -91,9 +91,14 @@ def _encoder(config: EngineConfig, load: Callable[[], Any], tokenizer: Any) -> A
     from fastprompt.serving.encoders import EncoderEngine
     from fastprompt.serving.registry import PromptRegistry
 
+    if config.kv_bytes is not None:
+        raise ArgumentError(
+            "kv_bytes (--kv-bytes) is for backbones that continue texts, and this one does not: omit it"
+        )
     prompted = PromptedModel(load(), tokenizer)
     limits = BatchLimits(**_given(config, "max_rows", max_batch_tokens="max_tokens"))
-    options = _given(config, "max_queued", max_model_len="max_length", device_bytes="max_prompt_bytes")
+    renamed = {"max_model_len": "max_length", "device_bytes": "max_prompt_bytes"}
+    options = _given(config, "max_queued", "host_bytes", "storage", **renamed)
     return EncoderEngine(
         prompted,
         tokenizer,

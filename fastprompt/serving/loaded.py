@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from fastprompt.errors import ArgumentError, BankFullError, PromptChangedError, PromptNotFoundError, UnsupportedError
 from fastprompt.prompts import SoftPrompt
+from fastprompt.serving.host_copy import PromptCopy
+from fastprompt.serving.host_tier import HostTier
 from fastprompt.serving.loaded_pins import LoadedPins
+from fastprompt.serving.tier_stats import LoadedStats
 
 if TYPE_CHECKING:
     from fastprompt.serving.registry import PromptVersion
@@ -53,20 +56,6 @@ class Loaded:
         return None if self.prompt.head is None else self.prompt.head.outputs
 
 
-@dataclass(frozen=True)
-class LoadedStats:
-    """Prompts in the model now, the bytes of their files, and counts since the start."""
-
-    prompts: int
-    bytes: int
-    max_prompts: int
-    max_bytes: int
-    hits: int
-    loads: int
-    evictions: int
-    failures: int
-
-
 class LoadedPrompts:
     """The versions in use, in `model.library` as "name@version"; least recently used ones go first.
 
@@ -76,7 +65,8 @@ class LoadedPrompts:
         prompts.release(loaded)
     All methods run on one event loop. `files` is the thread that reads; `add(key, prompt)` and `remove(key)` run on
     `thread`, which alone may touch the model. Where all versions are in use and another has no room, `acquire` waits.
-    `check(version)` raises for one that is of no use here, before it is read.
+    `check(version)` raises for one that is of no use here, before it is read. Copies of at most `host_bytes` stay in
+    host memory, as they were or in 8 bits as `storage` says; then all get the rounded numbers, wherever they come from.
     """
 
     def __init__(
@@ -89,27 +79,35 @@ class LoadedPrompts:
         thread: Executor,
         max_prompts: int,
         max_bytes: int,
+        host_bytes: int = 0,
+        storage: str = "model",
         check: Callable[[PromptVersion], object] = lambda version: None,
     ) -> None:
         self._registry, self._add, self._remove = registry, add, remove
         self._files, self._thread = files, thread
         self._max_prompts, self._max_bytes = max_prompts, max_bytes
         self._held: OrderedDict[str, Loaded] = OrderedDict()
+        self._host: HostTier[PromptCopy] = HostTier(host_bytes)
+        self._copied: dict[str, str] = {}  # name -> the version that may be in host memory
+        self._storage = storage
         self._room = asyncio.Event()
         self._check = check
         self._pins = LoadedPins(registry, self.acquire, self.release, max_prompts, max_bytes)
-        self._hits = self._loads = self._evictions = self._failures = 0
+        self._hits = self._host_hits = self._loads = self._evictions = self._failures = 0
 
     def stats(self) -> LoadedStats:
         return LoadedStats(
-            len(self._held),
-            self._bytes(),
-            self._max_prompts,
-            self._max_bytes,
-            self._hits,
-            self._loads,
-            self._evictions,
-            self._failures,
+            prompts=len(self._held),
+            bytes=self._bytes(),
+            max_prompts=self._max_prompts,
+            max_bytes=self._max_bytes,
+            hits=self._hits,
+            loads=self._loads,
+            evictions=self._evictions,
+            failures=self._failures,
+            host_prompts=len(self._host),
+            host_bytes=self._host.bytes,
+            host_hits=self._host_hits,
         )
 
     async def acquire(self, name: str) -> Loaded:
@@ -165,8 +163,10 @@ class LoadedPrompts:
         self._forget(name, None)
 
     def tier(self, version: str) -> str:
-        """Where a version is: "device", or "disk" only; may be asked from any thread, as `pinned`."""
-        return "device" if any(v.version.version == version for v in list(self._held.values())) else "disk"
+        """Where a version is: "device", "host" or "disk"; may be asked from any thread, as `pinned`."""
+        if any(v.version.version == version for v in list(self._held.values())):
+            return "device"
+        return "host" if version in self._host else "disk"
 
     async def version(self, name: str) -> PromptVersion:
         """The registry's current version of a prompt."""
@@ -205,23 +205,34 @@ class LoadedPrompts:
 
     async def _load(self, key: str, version: PromptVersion) -> SoftPrompt:
         loop = asyncio.get_running_loop()
+        known = self._host.get(version.version)
         try:
-            prompt = await loop.run_in_executor(self._files, self._registry.load, version)
-            if prompt.in_place:
-                raise UnsupportedError(
-                    f"prompt {version.name!r} has its virtual tokens in place, at ids that a client's text cannot "
-                    "hold: serve one that stands in front of the text"
-                )
-            prompt.requires_grad_(False)
+            prompt, copy = await loop.run_in_executor(self._files, self._read, version, known)
             await loop.run_in_executor(self._thread, self._add, key, prompt)
         except BaseException:
             del self._held[key]
             self._failures += 1
             self._room.set()
             raise
-        self._loads += 1
+        self._loads += known is None
+        self._host_hits += known is not None
+        if not self._held[key].stale:
+            self._host.put(version.version, copy)
+            self._copied[version.name] = version.version
         self._room.set()  # nobody may want it any more
         return prompt
+
+    def _read(self, version: PromptVersion, copy: PromptCopy | None) -> tuple[SoftPrompt, PromptCopy]:
+        """What the files' thread does: a prompt for the model, from its copy or from disk, and its copy."""
+        if copy is None:
+            prompt = self._registry.load(version)
+            if prompt.in_place:
+                raise UnsupportedError(
+                    f"prompt {version.name!r} has its virtual tokens in place, at ids that a client's text cannot "
+                    "hold: serve one that stands in front of the text"
+                )
+            copy = PromptCopy.of(prompt, self._storage)
+        return copy.prompt(), copy
 
     def _check_size(self, version: PromptVersion) -> None:
         if version.bytes > self._max_bytes:
@@ -247,6 +258,9 @@ class LoadedPrompts:
 
     def _forget(self, name: str, key: str | None) -> None:
         """Evict versions of a name other than `key`, now or with their last user: nobody will ask for them again."""
+        copied = self._copied.get(name)
+        if copied is not None and f"{name}@{copied}" != key:
+            self._host.discard(self._copied.pop(name))
         for loaded in list(self._held.values()):
             if loaded.version.name != name or loaded.key == key:
                 continue

@@ -48,6 +48,12 @@ class Pins:
         with self._lock:
             return {pin.lease.extent.start for pin in self._pins.values() if pin.lease is not None}
 
+    @property
+    def waits(self) -> bool:
+        """Whether `renew` has work left."""
+        with self._lock:
+            return any(pin.settled != self._registry.generation for pin in self._pins.values())
+
     def add(self, name: str) -> None:
         """Errors: PromptNotFoundError, PromptFileError; BankFullError if pins would fill the device."""
         length = self._registry.current(name).length

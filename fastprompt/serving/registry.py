@@ -62,9 +62,12 @@ class PromptRegistry:
         """Sorted names, those behind `after` only and at most `limit` of them."""
         return self._listing.page(after, limit)
 
-    def refresh(self) -> bool:
-        """See what other processes added and removed: lists the folder if its time has changed. Whether names did."""
-        return self._listing.refresh()
+    def refresh(self, rest: float = 0.0) -> bool:
+        """See what other processes added and removed: lists the folder if its time has changed. Whether names did.
+
+        With many names that takes a while; asleep for `rest` seconds now and then, it leaves other threads their time.
+        """
+        return self._listing.refresh(rest)
 
     def current(self, name: str) -> PromptVersion:
         """What `name` stands for now.
@@ -79,6 +82,16 @@ class PromptRegistry:
             raise
         self._listing.add(name)
         return version
+
+    def created(self, name: str) -> float:
+        """When a prompt was stored, in seconds since 1970: one look at a file's time, which is not read.
+
+        Errors: those of `current`, for a prompt whose file is not there.
+        """
+        try:
+            return os.stat(self.folder / check_prompt_name(name) / METADATA).st_mtime
+        except OSError:  # being replaced, or damaged
+            return self.current(name).created
 
     def put(
         self, name: str, files: Mapping[str, bytes], *, if_match: str | None = None, if_none_match: bool = False

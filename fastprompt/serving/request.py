@@ -24,6 +24,13 @@ class OverloadedError(FastPromptError, RuntimeError):
         self.retry_after = retry_after
 
 
+class RowFailedError(FastPromptError, RuntimeError):
+    """The backbone has no usable answer to a row: its numbers are not finite, or its prompt cannot run.
+
+    No other row is concerned, and the same row would fail again until the prompt is stored anew.
+    """
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a row ends.

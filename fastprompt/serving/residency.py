@@ -77,7 +77,7 @@ class Residency:
         self._sites = range(len(backbone.spec.sites))
         self._arenas: tuple[int, list[torch.Tensor], list[torch.Tensor]] | None = None
         self._counts = Counts()
-        self._host = HostTier(host_bytes)
+        self._host: HostTier[HostCopy] = HostTier(host_bytes)
         self._versions: dict[str, str] = {}  # name -> the version it was last seen to stand for
         self._names: Counter[str] = Counter()  # version -> how many names stand for it
         self._dropped: deque[str] = deque()
@@ -156,6 +156,11 @@ class Residency:
     def pinned(self) -> dict[str, bool]:
         """Names that are pinned, and whether each is on the device by now."""
         return self._pins.names()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a pinned prompt is not on the device as its name stands now: `progress` has to be called for it."""
+        return self._pins.waits
 
     def drop(self, name: str) -> None:
         """Note that a prompt was replaced or deleted: its old version leaves memory once no lease holds it."""

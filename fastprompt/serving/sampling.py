@@ -19,12 +19,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from fastprompt.errors import FastPromptError
-from fastprompt.serving.request import SamplingParams, TokenLogprob
-
-
-class NumericsError(FastPromptError, ArithmeticError):
-    """A row's logits are not numbers."""
+from fastprompt.errors import ArgumentError, FastPromptError
+from fastprompt.serving.request import RowFailedError, SamplingParams, TokenLogprob
 
 
 class CountPenalty(LogitsProcessor):
@@ -119,13 +115,14 @@ def _processed(rows: Sequence[tuple[Sampler, Sequence[int]]], logits: Tensor, fo
         try:
             logits[i] = sampler.own(ids, logits[i : i + 1])[0]
         except (ValueError, IndexError) as error:
-            found[i] = Choice(0, error=NumericsError(f"the row's logits cannot be changed as it asks: {error}"))
+            found[i] = Choice(0, error=ArgumentError(f"the row's logits cannot be changed as it asks: {error}"))
     return logits
 
 
 def _choice(params: SamplingParams, token: int, best: float, raw: Tensor) -> Choice:
     if not best < float("inf"):
-        return Choice(token, error=NumericsError(f"the row's largest logit is {best}: its prompt's weights overflow"))
+        why = f"the largest logit of the next token is {best}: train or store the prompt anew"
+        return Choice(token, error=RowFailedError(why))
     return Choice(token, None if params.logprobs is None else _logprob(raw, token, params.logprobs))
 
 

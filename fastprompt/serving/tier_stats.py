@@ -51,6 +51,27 @@ class ResidencyStats:
     leased: int
 
 
+@dataclass(frozen=True)
+class LoadedStats:
+    """An encoder's prompts in the model and beside it, and counts from the start.
+
+    `bytes` are of the files of those in the model; `hits` found theirs there, `host_hits` in host memory, and `loads`
+    read it from disk.
+    """
+
+    prompts: int
+    bytes: int
+    max_prompts: int
+    max_bytes: int
+    hits: int
+    loads: int
+    evictions: int
+    failures: int
+    host_prompts: int
+    host_bytes: int
+    host_hits: int
+
+
 @dataclass
 class Counts:
     """The running counts behind `ResidencyStats`."""

@@ -197,7 +197,7 @@ def test_text_that_cannot_be_made_fails_its_own_request(caplog):
             await text_of(made, greedy([13], new=9))
         for i, task in enumerate(good):
             assert (await task)[0] == f"{5 + i} " * 9
-        while made.engine.busy:
+        while made.engine.waits:
             await asyncio.sleep(0.001)
         await made.close()
 

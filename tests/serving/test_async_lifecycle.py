@@ -1,6 +1,7 @@
 """Starting, draining, closing, and the end of the engine's thread: nobody waits for ever."""
 
 import asyncio
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -40,19 +41,49 @@ def test_draining_finishes_what_runs(folder):
 
 def test_closing_without_draining_answers_what_runs(folder):
     async def test(made):
+        held, step = threading.Event(), made.engine.step
+        made.engine.step = lambda: (held.wait(600), step())[1]
         running = asyncio.create_task(text_of(made, greedy([5], "p0", 200, ignore_eos=True)))
         await asyncio.sleep(0.05)
-        await made.close()
+        closing = asyncio.create_task(made.close())
+        await asyncio.sleep(0)
+        held.set()  # what was to run has been told to end by now
         _, deltas = await running
         assert deltas[-1].finish_reason == "abort"
+        await closing
 
     serve(folder, test, rules=Rules(max_rows=2))
+
+
+def test_prompts_come_and_go_while_no_row_runs(folder, tmp_path):
+    """Pins, replaced and unloaded prompts need nobody who asks for an answer."""
+    for name in ("p0", "p1"):
+        shutil.copytree(folder / name, tmp_path / name)
+
+    async def until(what):
+        while not what():
+            await asyncio.sleep(0.001)
+
+    async def test(made):
+        residency, version = made.residency, made.registry.current("p0").version
+        residency.pin("p0")
+        await until(lambda: residency.pinned()["p0"] and residency.tier(version) == "device")
+        await until(lambda: not made.engine.waits)
+        made.registry.put("p0", {file.name: file.read_bytes() for file in (tmp_path / "p1").iterdir()})
+        residency.drop("p0")
+        await until(lambda: residency.tier(made.registry.current("p0").version) == "device")
+        await until(lambda: residency.tier(version) == "disk")
+        residency.unpin("p0")
+        residency.unload("p0")
+        await until(lambda: residency.stats().device.prompts == residency.stats().host.prompts == 0)
+
+    serve(tmp_path, lambda made: asyncio.wait_for(test(made), 600))
 
 
 class _Nothing:
     """An engine whose rows end when they are cancelled."""
 
-    busy, steps = False, 0
+    waits, steps = False, 0
     residency = SimpleNamespace(close=lambda: None)
 
     def stats(self):
@@ -62,10 +93,10 @@ class _Nothing:
         pass
 
     def add(self, generation):
-        self.busy = True
+        self.waits = True
 
     def cancel(self, request_id, index=None):
-        self.busy = False
+        self.waits = False
         return [Tokens(request_id, 0, (), finish_reason="abort")]
 
     def step(self):

@@ -17,9 +17,9 @@ from fastprompt.errors import (
     ArgumentError,
     PromptNotFoundError,
 )
-from fastprompt.serving.encoder_rows import EncoderRow, RowFailedError, RowRunner
+from fastprompt.serving.encoder_rows import EncoderRow, RowRunner
 from fastprompt.serving.encoders import EncoderEngine
-from fastprompt.serving.request import OverloadedError
+from fastprompt.serving.request import OverloadedError, RowFailedError
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
@@ -166,6 +166,28 @@ def test_closing_lets_requests_finish_and_refuses_new_ones():
         assert (record.prompt, record.prompt_tokens, record.completion_tokens) == ("tone", 3, 0)
 
     asyncio.run(use())
+
+
+def test_every_request_that_was_taken_in_is_told_of():
+    model, memory = classifier()
+
+    async def use(engine: EncoderEngine) -> None:
+        told: list[Any] = []
+        engine.observe = told.append
+        await engine.classify([[7], [8, 9]], "tone")
+        with pytest.raises(PromptNotFoundError):
+            await engine.classify([[7]], "absent")
+        gone = asyncio.ensure_future(engine.classify([[7]]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        assert [(f.prompt, f.prompt_tokens, f.finish_reason) for f in told] == [
+            ("tone", 3, "stop"),
+            ("absent", 1, "error"),
+            (None, 1, "abort"),
+        ]
+
+    run(engine(model, memory, max_wait=0.05), use)
 
 
 def test_a_prompt_that_floods_leaves_room_for_others():

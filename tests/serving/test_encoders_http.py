@@ -150,6 +150,17 @@ def test_a_prompt_that_leaves_no_room_for_any_text(client: TestClient, model: Pr
         assert reply.status_code == 400 and "no text fits under this prompt" in reply.json()["error"]["message"]
 
 
+def test_a_prompt_whose_numbers_overflow_is_not_asked_for_again(model: PromptedModel, tmp_path: Path):
+    huge = model.library["tone"].collapse()
+    with torch.no_grad():
+        for parameter in huge.parameters():
+            parameter.fill_(3e38)
+    with client_of(model, tmp_path, {"huge": huge}) as client:
+        reply = client.post("/v1/classify", json={"model": "huge", "input": TEXTS[0]})
+    assert reply.status_code == 503 and reply.headers["x-should-retry"] == "false"
+    assert reply.json()["error"]["code"] == "prompt_unusable" and "'huge'" in reply.json()["error"]["message"]
+
+
 def test_other_tasks_are_refused_with_the_right_route(client: TestClient):
     reply = client.post("/v1/token-classify", json={"model": "tone", "input": "a"})
     assert reply.status_code == 400 and "/v1/classify" in reply.json()["error"]["message"]

@@ -20,8 +20,8 @@ from fastprompt.errors import (
 )
 from fastprompt.model import PromptedModel
 from fastprompt.prompts import PromptHead
-from fastprompt.serving.encoder_rows import RowFailedError
 from fastprompt.serving.encoders import Answer, EncoderEngine
+from fastprompt.serving.request import RowFailedError
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
@@ -114,7 +114,8 @@ def test_pinned_prompts_stay_and_follow_their_name():
         residency.pin("tuned")
         residency.unpin("tuned")
         await engine.classify([[7]], "long")
-        assert all(not held.users for held in residency._held.values())
+        while any(held.users for held in residency._held.values()):  # "tuned" may still be on its way
+            await asyncio.sleep(0.005)
 
     run(engine(model, memory, max_prompts=2), use)
 

@@ -1,12 +1,15 @@
 """What goes wrong with one row, prompt or step is its own affair: all other rows get their answers."""
 
+import shutil
+
 import pytest
 import torch
-from serving_cases import engine, greedy, mixed, run, same_as_alone, save_prompts, tokens
+from serving_cases import backbone, engine, greedy, mixed, run, same_as_alone, save_prompts, tokens
 
+import fastprompt as fp
 from fastprompt.errors import PromptNotFoundError
 from fastprompt.serving.engine import StepError
-from fastprompt.serving.request import Generation, SamplingParams
+from fastprompt.serving.request import Generation, RowFailedError, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,19 @@ def test_a_bad_request_ends_alone(folder):
     assert "33 virtual tokens" in str(events[long.request_id, 0][-1].error)
     for request in good:
         assert tokens(events[request.request_id, 0]) == tokens(expected[request.request_id, 0])
+
+
+def test_a_prompt_whose_numbers_overflow_ends_its_own_rows(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    model = fp.PromptedModel(backbone())
+    (weight,) = model.add_prompt("huge", fp.PrefixTuning(num_virtual_tokens=3)).parameters()
+    weight.data.fill_(3e38)
+    model.save_prompt("huge", tmp_path / "huge")
+    good, poison = mixed(7, seed=5), greedy([5, 6, 7], "huge")
+    events = run(engine(tmp_path), [*good[:3], poison, *good[3:]])
+    (ended,) = events[poison.request_id, 0]
+    assert isinstance(ended.error, RowFailedError) and "nan" in str(ended.error)
+    same_as_alone(folder, good, events)
 
 
 def _failing(made, fails):

@@ -3,13 +3,12 @@
 import errno
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from residency_tools import constant, files, spec, value_of
+from residency_tools import constant, files, kill_writers, spec, value_of
+from training_cases import processes
 
 from fastprompt import folders
 from fastprompt.errors import PromptFileError
@@ -133,10 +132,10 @@ def test_a_full_disk_leaves_the_old_version(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_writers_leave_whole_versions(tmp_path):
-    code = f"from residency_tools import kill_writers; kill_writers({str(tmp_path)!r}, 20)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    killer = processes().Process(target=kill_writers, args=(tmp_path, 20))
+    killer.start()
+    killer.join()
+    assert killer.exitcode == 0
     registry = PromptRegistry(tmp_path, spec())
     assert "p" in registry
     registry.put("p", files(9))

@@ -258,7 +258,7 @@ def test_a_copy_owns_its_memory():
     """What the host tier counts is what it keeps."""
     base = torch.zeros(1000, 64)
     copy = HostCopy.pack(Prefix((0,), (base[:2].view(2, 4, 16),), (base[2:4].view(2, 4, 16),)))
-    assert sum(t.untyped_storage().nbytes() for t in copy.codes) == copy.nbytes == 2 * 2 * 64 * 4
+    assert sum(t.untyped_storage().nbytes() for t in copy.packed.codes) == copy.nbytes == 2 * 2 * 64 * 4
 
 
 def test_mended_before_anybody_heard_of_the_damage(registry, residency):

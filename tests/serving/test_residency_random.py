@@ -199,7 +199,7 @@ def test_an_engine_beside_writers_and_administrators(tmp_path):
     chance, held = random.Random(3), []
     end = time.monotonic() + 3
     try:
-        while time.monotonic() < end or not served:
+        while time.monotonic() < end or served <= 50:  # however little of a busy machine it gets
             try:
                 lease = residency.acquire(chance.choice(names))
             except (PromptNotFoundError, PromptFileError, BankFullError):
@@ -227,4 +227,4 @@ def test_an_engine_beside_writers_and_administrators(tmp_path):
     assert all(holds(residency, settle(residency, name), 0) for name in names)
     residency.close()
     stats = residency.stats()
-    assert stats.device.prompts == stats.host.prompts == 1 and served > 50
+    assert stats.device.prompts == stats.host.prompts == 1

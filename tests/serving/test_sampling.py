@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastprompt.errors import ArgumentError
-from fastprompt.serving.request import SamplingParams
-from fastprompt.serving.sampling import CountPenalty, NumericsError, Sampler, choose
+from fastprompt.serving.request import RowFailedError, SamplingParams
+from fastprompt.serving.sampling import CountPenalty, Sampler, choose
 
 V = 40
 
@@ -106,14 +106,14 @@ def test_logits_that_are_no_numbers_fail_their_row_alone():
     logits[2, 3] = math.inf
     for temperature in (0.0, 1.0):
         found = choose(_rows(4, temperature=temperature, seed=1), logits)
-        assert [isinstance(c.error, NumericsError) for c in found] == [False, True, True, False]
+        assert [isinstance(c.error, RowFailedError) for c in found] == [False, True, True, False]
 
 
 def test_what_a_row_asks_of_its_logits_fails_it_alone():
     """Logits may be narrower than the embedding: a bias on a token that cannot be chosen."""
     rows = [*_rows(1, temperature=0.0), *_rows(1, temperature=0.0, logit_bias={V + 3: 1.0}), *_rows(1, seed=2)]
     found = choose(rows, _logits(3))
-    assert [isinstance(c.error, NumericsError) for c in found] == [False, True, False]
+    assert [isinstance(c.error, ArgumentError) for c in found] == [False, True, False]
     assert found[0].token == _logits(3)[0].argmax() and str(V + 3) in str(found[1].error)
 
 

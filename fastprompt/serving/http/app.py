@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import torch
 from fastapi import APIRouter, FastAPI
@@ -24,6 +24,7 @@ from fastprompt.serving.http.metrics import Metrics
 from fastprompt.serving.http.options import Options
 from fastprompt.serving.http.state import Server
 from fastprompt.serving.http.vocabulary import Vocabulary
+from fastprompt.serving.listing import REST
 
 log = logging.getLogger("fastprompt.serving")
 
@@ -104,6 +105,11 @@ async def _refresh(server: Server) -> None:
     """Look now and then for prompts that other processes stored or removed."""
     while True:
         await asyncio.sleep(server.options.refresh_seconds)
-        if server.started:
-            with suppress(FastPromptError):  # the folder is away for a moment
-                await server.on_disk(server.engine.registry.refresh)
+        if not server.started:
+            continue
+        try:
+            await server.on_disk(lambda: server.engine.registry.refresh(REST))
+        except FastPromptError as error:
+            log.warning("%s", error)  # the folder is away for a moment
+        except Exception:  # the next look may be luckier
+            log.exception("the folder of prompts could not be looked at")

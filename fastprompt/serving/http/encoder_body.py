@@ -9,10 +9,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.requests import Request
 
-from fastprompt.serving.encoder_rows import RowFailedError
 from fastprompt.serving.encoders import EncoderEngine
 from fastprompt.serving.http.body import Items, Strict, TokenId
-from fastprompt.serving.http.errors import ApiError, invalid
+from fastprompt.serving.http.errors import invalid
 from fastprompt.serving.http.sampling import MAX_NAME
 from fastprompt.serving.http.state import caller_of, server_of
 
@@ -61,14 +60,11 @@ def encoder_of(request: Request) -> EncoderEngine:
 
 @contextmanager
 def charged(request: Request, tokens: int) -> Iterator[None]:
-    """Count a request's tokens against its key's allowance, unless it fails; say what a broken prompt means."""
+    """Count a request's tokens against its key's allowance, unless it fails."""
     limiter = caller_of(request).limiter
     taken = limiter.take_tokens(tokens, 0)
     try:
         yield
-    except RowFailedError as error:
-        limiter.settle(taken, 0)
-        raise ApiError(503, str(error), code="prompt_unusable", param="model") from error
     except BaseException:
         limiter.settle(taken, 0)
         raise

@@ -57,6 +57,9 @@ LOADED: Fields = {
     "loads": ("loaded_loads_total", "Prompts read from disk."),
     "evictions": ("loaded_evictions_total", "Prompts that left the model to make room."),
     "failures": ("loaded_failures_total", "Prompts that could not be read."),
+    "host_prompts": ("loaded_host_prompts", "Prompts kept in host memory."),
+    "host_bytes": ("loaded_host_bytes", "Bytes of prompts in host memory."),
+    "host_hits": ("loaded_host_hits_total", "Prompts asked for and found in host memory, not in the model."),
 }
 
 

@@ -24,7 +24,7 @@ from fastprompt.errors import (
     PromptNotFoundError,
     UnsupportedError,
 )
-from fastprompt.serving.request import OverloadedError
+from fastprompt.serving.request import OverloadedError, RowFailedError
 
 log = logging.getLogger("fastprompt.serving")
 
@@ -76,6 +76,11 @@ def unavailable(why: str) -> ApiError:
     return ApiError(503, f"{why}: try again later", code="unavailable", headers={"Retry-After": "5"})
 
 
+def _unusable(message: str, code: str) -> ApiError:
+    """A prompt that answers nothing until an administrator sees to it: OpenAI's clients do not ask again."""
+    return ApiError(503, message, code=code, param="model", headers={"x-should-retry": "false"})
+
+
 def too_many(message: str, seconds: float, code: str = "rate_limit_exceeded") -> ApiError:
     """A request that may come again after `seconds`."""
     return ApiError(429, message, code=code, headers={"Retry-After": str(max(1, math.ceil(min(seconds, 3600.0))))})
@@ -98,7 +103,10 @@ def explain(error: Exception) -> ApiError:
         return ApiError(503, "this prompt's files cannot be read at present", code="prompt_unreadable", param="model")
     if isinstance(error, BankFullError):
         log.error("a prompt has no room: %s", error)
-        return ApiError(503, "the server has no room for this prompt", code="prompt_too_large", param="model")
+        return _unusable("the server has no room for this prompt", "prompt_too_large")
+    if isinstance(error, RowFailedError):
+        log.error("a prompt cannot be used: %s", error)
+        return _unusable(str(error), "prompt_unusable")
     if isinstance(error, (ArgumentError, IncompatiblePromptError, UnsupportedError)):
         return invalid(str(error))
     log.error("an answer failed", exc_info=error)

@@ -71,7 +71,7 @@ class Gate:
 
     def _admit(self, scope: Scope) -> Caller:
         headers, server = Headers(scope=scope), self.server
-        _check_origin(headers, server.options.hosts)
+        check_origin(headers, server.options.hosts)
         if _open(scope["path"]) or (scope["path"] == "/metrics" and server.options.open_metrics):
             return ANYONE if server.access.open else Caller("nobody", admin=False)
         authorization = headers.get("authorization")
@@ -130,7 +130,7 @@ def _open(path: str) -> bool:
     return path in OPEN or path.startswith(OPEN_FOLDERS)
 
 
-def _check_origin(headers: Headers, hosts: frozenset[str] | None) -> None:
+def check_origin(headers: Headers, hosts: frozenset[str] | None) -> None:
     """Refuse pages of other sites: a browser lets them send requests to this machine, and names resolve to anything."""
     if hosts is None:
         return

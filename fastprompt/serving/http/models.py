@@ -69,11 +69,11 @@ async def allowed_names(server: Server, caller: Caller, after: str | None, count
 
 
 def _created(registry: PromptRegistry, names: Sequence[str]) -> list[int]:
-    """When prompts were stored, in seconds since 1970; 0 for those that cannot be read."""
+    """When prompts were stored, in seconds since 1970; 0 for those that are not there."""
     found = []
     for name in names:
         try:
-            found.append(int(registry.current(name).created))
+            found.append(int(registry.created(name)))
         except (PromptNotFoundError, PromptFileError):
             found.append(0)
     return found

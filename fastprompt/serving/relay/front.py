@@ -17,9 +17,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from fastprompt.serving.http.access import Access
 from fastprompt.serving.http.errors import ApiError, on_http_error, reply, unavailable
-from fastprompt.serving.http.gate import Body
+from fastprompt.serving.http.gate import Body, check_origin
 from fastprompt.serving.http.options import Options
-from fastprompt.serving.http.server import is_loopback
+from fastprompt.serving.http.server import LOOPBACK, is_loopback
 from fastprompt.serving.http.stream import event_of, while_connected
 from fastprompt.serving.relay.resume import Continuation, DivergedError
 from fastprompt.serving.relay.routes import Route, route
@@ -54,7 +54,7 @@ class Front:
                                                  whose beginning is left out; else an event says so and ends it
         ... while a prompt is written, deleted   503: the request may have been carried out
     Keys are checked before a body is read; the servers check them too. Without any, and unless `insecure`, only
-    clients on this machine are answered.
+    clients on this machine are answered, and no pages of other sites that they have open.
     """
 
     def __init__(
@@ -99,13 +99,15 @@ class Front:
             await asyncio.sleep(pause)
 
     def _check_client(self, scope: Scope) -> None:
-        client = (scope.get("client") or ("",))[0]
-        if self._access.open and not self._insecure and not is_loopback(client):
+        if not self._access.open or self._insecure:
+            return
+        if not is_loopback((scope.get("client") or ("",))[0]):
             raise ApiError(
                 403,
                 "this application has no keys and answers only to its own machine: set keys to reach it from elsewhere",
                 code="foreign_client",
             )
+        check_origin(Headers(scope=scope), LOOPBACK)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body; nothing of a caller's who has no key, whom the server will refuse."""

@@ -216,6 +216,8 @@ def test_a_damaged_prompt_is_listed_and_can_be_replaced(client, folder, files):
     assert set(shown["bob"]) == {"name", "error"} and shown["ada"]["length"] == 3
     assert error(client.get("/v1/prompts/bob"), 409)["code"] == "prompt_unreadable"
     assert error(client.post("/v1/completions", json={"model": "bob", "prompt": "x"}), 503)["param"] == "model"
+    assert client.get("/v1/models/bob").json()["created"] > 1_600_000_000  # of the file, which is not read for it
+    (folder / "bob" / "prompt.json").unlink()
     assert client.get("/v1/models/bob").json()["created"] == 0
     assert client.put("/v1/prompts/bob", files=form(files)).status_code == 200
     (folder / "eve" / "prompt.json").write_bytes(b"{")

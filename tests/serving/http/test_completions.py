@@ -11,7 +11,7 @@ from serving.http.fakes import expected
 from fastprompt.errors import BankFullError, IncompatiblePromptError, PromptFileError
 from fastprompt.serving.engine import StepError
 from fastprompt.serving.http import Options
-from fastprompt.serving.request import SamplingParams
+from fastprompt.serving.request import RowFailedError, SamplingParams
 
 URL = "/v1/completions"
 
@@ -245,19 +245,21 @@ def test_an_engine_that_is_full(client, engine, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("raised", "status", "code"),
+    ("raised", "status", "code", "again"),  # whether OpenAI's clients are to ask again; None: as they do by the status
     [
-        (PromptFileError("/srv/secret/ada/prompt.json is damaged"), 503, "prompt_unreadable"),
-        (BankFullError("/srv/secret"), 503, "prompt_too_large"),
-        (IncompatiblePromptError("made for another"), 400, "invalid_value"),
-        (StepError("/srv/secret"), 500, "internal_error"),
-        (ZeroDivisionError("/srv/secret"), 500, "internal_error"),
+        (PromptFileError("/srv/secret/ada/prompt.json is damaged"), 503, "prompt_unreadable", None),
+        (BankFullError("/srv/secret"), 503, "prompt_too_large", "false"),
+        (RowFailedError("the largest logit is nan"), 503, "prompt_unusable", "false"),
+        (IncompatiblePromptError("made for another"), 400, "invalid_value", None),
+        (StepError("/srv/secret"), 500, "internal_error", None),
+        (ZeroDivisionError("/srv/secret"), 500, "internal_error", None),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_errors_of_a_row(client, engine, raised, status, code, stream):
+def test_errors_of_a_row(client, engine, raised, status, code, again, stream):
     engine.error, engine.fail_after = raised, 0
     response = client.post(URL, json={"model": "ada", "prompt": "x", "stream": stream})
+    assert response.headers.get("x-should-retry") == again
     assert error(response, status)["code"] == code and "/srv" not in response.text
 
 

@@ -21,6 +21,14 @@ def test_the_backbone_and_its_prompts(client):
     assert answer.json()["data"][1]["created"] > 1_600_000_000
 
 
+def test_no_prompt_is_read_to_be_listed(client, engine, monkeypatch):
+    """Whoever lists a hundred thousand takes no time of others: the files' times are enough."""
+    monkeypatch.setattr("fastprompt.serving.versions.describe", None)
+    answer = client.get("/v1/models")
+    assert names(answer) == ["backbone", "ada", "bob", "eve"]
+    assert all(model["created"] > 1_600_000_000 for model in answer.json()["data"][1:])
+
+
 def test_one_model(client, engine):
     assert client.get("/v1/models/ada").json()["id"] == "ada"
     assert client.get("/v1/models/backbone").json()["parent"] is None

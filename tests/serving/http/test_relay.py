@@ -56,7 +56,7 @@ class Cluster:
 
     def client(self, options: Options | None = None, insecure: bool = False, where: tuple = HERE) -> TestClient:
         servers = front.Servers(self.ask, (LostError,), "backbone")
-        return TestClient(front.Front(servers, self.access, options, insecure), client=where)
+        return TestClient(front.Front(servers, self.access, options, insecure), "http://localhost", client=where)
 
 
 @pytest.fixture
@@ -152,6 +152,9 @@ def test_what_writes_is_sent_once(cluster_of, files, folder):
 def test_who_may_come_in(cluster_of):
     assert cluster_of().client(where=("10.0.0.7", 1)).get("/health").json()["error"]["code"] == "foreign_client"
     assert cluster_of().client(where=("10.0.0.7", 1), insecure=True).get("/health").status_code == 200
+    for foreign in ({"host": "evil.example"}, {"origin": "https://evil.example"}):
+        assert cluster_of().client().get("/health", headers=foreign).json()["error"]["code"] == "foreign_host"
+        assert cluster_of().client(insecure=True).get("/health", headers=foreign).status_code == 200
     cluster = cluster_of(access=Access(None, [KEY], []))
     client = cluster.client(Options(max_body_bytes=100), where=("10.0.0.7", 1))
     assert client.post("/v1/completions", json=asking()).status_code == 401
@@ -165,7 +168,7 @@ def test_who_may_come_in(cluster_of):
 def test_a_path_prefix_is_taken_off(cluster_of):
     cluster = cluster_of()
     servers = front.Servers(cluster.ask, (LostError,), "backbone")
-    client = TestClient(front.Front(servers, Access()), client=HERE, root_path="/llm")
+    client = TestClient(front.Front(servers, Access()), "http://localhost", client=HERE, root_path="/llm")
     assert client.post("/llm/v1/completions", json=asking()).status_code == 200
     assert client.get("/llm/v1/models/bob").json()["id"] == "bob"
 
@@ -180,7 +183,7 @@ def test_a_client_that_goes_away_takes_its_rows_with_it(cluster_of):
         "type": "http",
         "method": "POST",
         "path": "/v1/completions",
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
         "query_string": b"",
         "client": HERE,
     }
