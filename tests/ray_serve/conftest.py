@@ -6,7 +6,11 @@ import os
 import pytest
 
 # before Ray is imported, and for the processes it starts
-os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",  # replicas on a busy machine are slow, and not passed over
+}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,9 +12,11 @@ from fastprompt import PromptedModel
 
 INSTALLED = getattr(importlib.util.find_spec("vllm"), "origin", None) is not None  # this folder has the name too
 ALONE = {
+    "test_administration.py",
     "test_store.py",
     "test_tickets.py",
     "test_export.py",
+    "test_forgetting.py",
     "test_paths.py",
     "test_writers.py",
 }  # what runs without vLLM

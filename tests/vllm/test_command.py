@@ -73,3 +73,14 @@ def test_what_is_wrong_is_said_and_ends_it(small: Served, tmp_path, options, sai
     done = subprocess.run(command, env=server_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 1 and said in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("plugins", "said"), [("fastprompt", "--grpc starts a server that knows no plugins"), ("other", "VLLM_PLUGINS")]
+)
+def test_a_server_that_would_look_at_no_keys_is_not_started(monkeypatch, capsys, plugins, said):
+    from fastprompt.integrations.vllm.command import main
+
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    assert main(["a-model", "--grpc"]) == 1
+    assert said in capsys.readouterr().err

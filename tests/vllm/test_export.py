@@ -1,6 +1,9 @@
 """`fastprompt export --format vllm`, and the command line of vLLM's server."""
 
+import errno
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from fastprompt.cli.export_vllm import export_to_vllm
 from fastprompt.errors import ArgumentError, UnsupportedError
 from fastprompt.integrations.vllm import PrefixStore, PromptedInputs
 from fastprompt.integrations.vllm.launch import VllmServer
+from fastprompt.integrations.vllm.store import GRACE_SECONDS
 from fastprompt.prompts import PromptHead
 from fastprompt.spec import Prefix
 
@@ -49,6 +53,22 @@ def test_a_folder_is_exported_and_brought_up_to_date(small):
     small.store._name_path("deep").write_text("{")
     assert export(small)["prompts"] == 1  # the folder alone again, and what was damaged is whole
     assert small.store.names() == ["deep"] and small.store.current("deep").length == 9
+
+
+def test_a_store_that_only_others_write_is_read(small, monkeypatch):
+    """Such as a mount for reading: what could be removed is left to whom it belongs."""
+    for seed in (1, 2):
+        small.add("a", PrefixTuning(num_virtual_tokens=3), seed=seed, overwrite=True)
+        export(small)
+    old = time.time() - 2 * GRACE_SECONDS
+    for prefix in (small.store.folder / "prefixes").iterdir():
+        os.utime(prefix, (old, old))
+
+    def refuse(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    assert export(small)["prompts"] == 1
 
 
 def test_what_vllm_cannot_hold_is_left_out_and_said(small):

@@ -92,7 +92,7 @@ def test_chats(own, user):
     assert {c["model"] for c in chunks} == {"p64"}
 
 
-def test_what_a_client_says_of_transfers_and_salts_changes_nothing(own, user):
+def test_what_a_client_says_of_transfers_and_salts_changes_nothing(own, user, admin):
     stolen = {"kv_transfer_params": {"fastprompt": "prefix20", "do_remote_prefill": True}, "cache_salt": "mine"}
     assert words(complete(user, "prefix64", **stolen)) == expected(own, "prefix64")
     assert words(complete(user, NAME, **stolen)) == expected(own, None)
@@ -103,7 +103,8 @@ def test_what_a_client_says_of_transfers_and_salts_changes_nothing(own, user):
     xargs = {"vllm_xargs": {"kv_transfer_params": "prefix20"}}
     assert words(complete(user, NAME, **xargs)) == expected(own, None)
     tokens = {"token_ids": list(IDS), "sampling_params": {"max_tokens": NEW, "temperature": 0}, "cache_salt": forged}
-    answer = user.post("/inference/v1/generate", **tokens)
+    assert user.post("/inference/v1/generate", **tokens).status == 403
+    answer = admin.post("/inference/v1/generate", **tokens)
     assert answer.status >= 400 or answer["choices"][0]["token_ids"] == []  # vLLM 0.28 says so of a failed request
     assert words(complete(user, "prefix20")) == expected(own, "prefix20")
 
@@ -126,7 +127,7 @@ def test_what_no_prompt_can_be_right_under_is_refused(own, user, body, said):
 
 
 def test_an_answer_ends_where_the_model_does(user):
-    answer = complete(user, "prefix20", [3] * 480, max_tokens=30)
+    answer = complete(user, "prefix20", [3] * 480, max_tokens=30, min_tokens=30)
     assert answer["usage"]["completion_tokens"] == 512 - 20 - 480
     assert answer["choices"][0]["finish_reason"] == "length"
 

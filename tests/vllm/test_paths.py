@@ -43,6 +43,7 @@ def client_of(caller: Caller, access: Access | None = None, **options) -> TestCl
         (LIMITED, UNCOUNTED, 403),
         (LIMITED, BARE - UNCOUNTED, 200),
         (USER, {"/metrics", "/load", "/v1/completions/render", "/v1/chat/completions/batch", "/v1/nothing"}, 403),
+        (USER, {"/inference/v1/generate", "/invocations", "/abort_requests", "/v1/load_lora_adapter", "/v2/chat"}, 403),
         (USER, {"/v1/completions/", "//v1/completions", "/V1/completions", "/static/../v1/load", "/metrics/x"}, 403),
         (ADMIN, {"/metrics", "/load", "/v1/nothing", "/v1/responses"}, 200),
     ],
@@ -56,6 +57,7 @@ def test_metrics_are_open_where_the_server_was_told():
     assert client_of(USER, open_metrics=True).get("/metrics").status_code == 200
 
 
-def test_websockets_are_closed_where_there_are_keys():
-    with pytest.raises(WebSocketDisconnect), client_of(ADMIN).websocket_connect("/v1/realtime") as socket:
+@pytest.mark.parametrize("access", [None, Access()], ids=["keys", "no keys"])
+def test_websockets_are_closed(access):
+    with pytest.raises(WebSocketDisconnect), client_of(ADMIN, access).websocket_connect("/v1/realtime") as socket:
         socket.receive_text()

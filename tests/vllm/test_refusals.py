@@ -30,6 +30,10 @@ def test_a_transfer_that_would_go_on_without_the_prompt(plain):
     refused(plain, ArgumentError, said, kv_transfer_config=config)
 
 
+def test_a_model_that_embeds(plain):
+    refused(plain, ArgumentError, "runner is 'pooling', expected 'generate'", runner="pooling")
+
+
 def test_no_secret(plain, monkeypatch):
     monkeypatch.delenv("FASTPROMPT_VLLM_SECRET")
     refused(plain, ArgumentError, "FASTPROMPT_VLLM_SECRET")

@@ -108,7 +108,7 @@ def test_links_are_followed_to_what_they_lead_to_now(store, tmp_path):
     path, elsewhere = store._prefix_path(put(store, "a")), tmp_path / "elsewhere"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
-    prefixes, digest = Prefixes(store), store.current("a").digest
+    prefixes, digest = Prefixes(store, SPEC), store.current("a").digest
     assert prefixes.get(digest).length == 5
     elsewhere.write_bytes(elsewhere.read_bytes()[:-1] + b"\0")
     with pytest.raises(PromptFileError, match="does not match"):
@@ -123,7 +123,7 @@ def test_links_are_followed_to_what_they_lead_to_now(store, tmp_path):
 
 def test_what_is_mapped_is_looked_at_again_when_its_file_changes(store):
     digest = put(store, "a")
-    prefixes = Prefixes(store, capacity=2)
+    prefixes = Prefixes(store, SPEC, capacity=2)
     first = prefixes.get(digest)
     assert prefixes.get(digest) is first
     path = store._prefix_path(digest)
@@ -140,6 +140,14 @@ def test_what_is_mapped_is_looked_at_again_when_its_file_changes(store):
     for seed in range(3):
         prefixes.get(put(store, "b", seed + 5))
     assert len(prefixes) == 2
+
+
+def test_a_prefix_of_another_backbone_is_told(store):
+    digest = store.write_prefix(prefix_bytes(prefix(), torch.float32))
+    assert Prefixes(store, SPEC).get(digest).length == 5
+    for layers in ((LayerShape(2, 8, 6),) * 2, (LayerShape(1, 8, 6),) * 3, (LayerShape(2, 8, 8),) * 3):
+        with pytest.raises(PromptFileError, match=r"holds \(3, 5, 2, [68]\), this backbone's prefixes are"):
+            Prefixes(store, replace(SPEC, layers=layers)).get(digest)
 
 
 def test_a_store_is_one_backbones(store, tmp_path):

@@ -75,6 +75,10 @@ class ExportedPrompts:
             created=entry.created,
         )
 
+    def created(self, name: str) -> float:
+        """When what a name stands for was stored, in seconds since 1970. Errors: as `current`."""
+        return self.store.current(name).created
+
     def put(
         self, name: str, files: Mapping[str, bytes], *, if_match: str | None = None, if_none_match: bool = False
     ) -> PromptVersion:

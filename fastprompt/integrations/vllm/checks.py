@@ -16,6 +16,10 @@ def check_engine(config: Any, groups: Any) -> None:
     `config` is vLLM's VllmConfig, `groups` the `kv_cache_groups` of its KVCacheConfig. Errors: ArgumentError for a
     setting, UnsupportedError for a kind of model.
     """
+    if config.model_config.runner_type != "generate":
+        raise ArgumentError(
+            f"runner is {config.model_config.runner_type!r}, expected 'generate': prompts continue texts"
+        )
     parallel, transfer = config.parallel_config, config.kv_transfer_config
     policy = getattr(transfer, "kv_load_failure_policy", None)
     if policy != "fail":

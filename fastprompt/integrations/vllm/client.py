@@ -31,7 +31,7 @@ class PromptedClient:
 
     Semantics, of `generate(prompt, params, ...)`:
         prompt_token_ids = placeholders + prompt_token_ids;  cache_salt = seal.salt(ticket, the client's own)
-        params without kv_transfer_params;  max_tokens no more than there is room for
+        params without kv_transfer_params;  max_tokens and min_tokens no more than there is room for
         outputs without the placeholders: what they say of prompt tokens, and of cached ones, is about the text
     Everything else is the engine client's own.
     """
@@ -78,6 +78,7 @@ class PromptedClient:
                 code="context_length_exceeded",
             )
         params.max_tokens = min(params.max_tokens or room, room)
+        params.min_tokens = min(params.min_tokens, params.max_tokens)  # vLLM never ends a row that has had fewer
         ids = [*placeholders(ticket, self._ids), *text]
         return {**prompt, "prompt_token_ids": ids, "cache_salt": self._seal.salt(ticket, own)}, params
 

@@ -16,6 +16,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from fastprompt import env
 from fastprompt.integrations.vllm.checks import check_engine, check_model
+from fastprompt.integrations.vllm.forgetting import CacheMemory
 from fastprompt.integrations.vllm.loads import Load, plan_load
 from fastprompt.integrations.vllm.offline import special_ids
 from fastprompt.integrations.vllm.pages import PageWriter, Prefixes, check_layers, heads_of_rank
@@ -60,8 +61,9 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
             self.seal = Seal(env.vllm_secret() or "")
             self._ids = code_ids(model.get_vocab_size(), special_ids(model.hf_text_config))
             self._planned: list[Load] = []
+            self._memory = CacheMemory()
         else:
-            self.writer = self._writer(vllm_config, groups[0].kv_cache_spec, Prefixes(store), layers)
+            self.writer = self._writer(vllm_config, groups[0].kv_cache_spec, Prefixes(store, backbone.spec), layers)
             self._failed: set[int] = set()
 
     def _writer(self, config: Any, spec: Any, prefixes: Prefixes, layers: dict[str, int]) -> PageWriter:
@@ -72,6 +74,10 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
         return PageWriter(prefixes, layers, heads, spec.block_size, spec.dtype)
 
     # the scheduler's half --------------------------------------------------------------------------------------------
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """The pages that vLLM finds by what they hold."""
+        self._memory.pool = gpu_block_pool
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """How many tokens of a request behind `num_computed_tokens` its prefix covers; they are there at once."""
@@ -86,15 +92,21 @@ class FastPromptConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note what to write, now that the request has its pages."""
+        held = blocks.get_block_ids()[0]
+        self._memory.begins(request, held)
         if num_external_tokens > 0:
             ticket, problem = self._ticket(request)
-            held = blocks.get_block_ids()[0]
             self._planned.append(plan_load(ticket, problem, num_external_tokens, request.all_token_ids, held))
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """What the workers of this step are told."""
         planned, self._planned = self._planned, []
+        self._memory.step()
         return Loads(planned)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Forget what stands behind pages that could not be loaded: vLLM itself forgets only what it can still see."""
+        self._memory.forget(connector_output.invalid_block_ids)
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         """Nothing is kept of a request."""

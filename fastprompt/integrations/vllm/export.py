@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from fastprompt.errors import FastPromptError, PromptChangedError, PromptNotFoundError, UnsupportedError
+from fastprompt.errors import (
+    FastPromptError,
+    PromptChangedError,
+    PromptFileError,
+    PromptNotFoundError,
+    UnsupportedError,
+)
 from fastprompt.integrations.vllm.prefix_file import prefix_bytes
 from fastprompt.integrations.vllm.store import Entry, PrefixStore, StoreBackbone
 from fastprompt.prompts import SoftPrompt
@@ -196,5 +202,6 @@ def export_folder(store: PrefixStore, prompts: Path, compile: Compile) -> tuple[
     """
     registry = PromptRegistry(prompts, store.backbone().spec)
     done = export_prompts(store, registry, sorted({*registry.names(), *store.names()}), compile)
-    store.collect()
+    with suppress(PromptFileError):  # what nobody needs any more may stay: the store may be one that others write
+        store.collect()
     return done

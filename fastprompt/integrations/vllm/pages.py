@@ -16,6 +16,7 @@ from fastprompt.errors import FastPromptError, PromptFileError, UnsupportedError
 from fastprompt.integrations.vllm.loads import Load
 from fastprompt.integrations.vllm.prefix_file import MappedPrefix
 from fastprompt.integrations.vllm.store import PrefixStore
+from fastprompt.spec import BackboneSpec
 
 log = logging.getLogger("fastprompt.vllm")
 
@@ -34,10 +35,10 @@ class LoadStats:
 
 
 class Prefixes:
-    """Prefix files of a store, mapped when first read; least recently used ones are let go."""
+    """Prefix files of a store for one backbone, mapped when first read; least recently used ones are let go."""
 
-    def __init__(self, store: PrefixStore, capacity: int = _MAPPED) -> None:
-        self._store, self._capacity = store, capacity
+    def __init__(self, store: PrefixStore, spec: BackboneSpec, capacity: int = _MAPPED) -> None:
+        self._store, self._spec, self._capacity = store, spec, capacity
         self._held: OrderedDict[str, MappedPrefix] = OrderedDict()
         self._lock = threading.Lock()
         self.mapped = 0
@@ -50,12 +51,24 @@ class Prefixes:
         with self._lock:
             held = self._held.pop(digest, None)
             if held is None or not held.unchanged:
-                held = self._store.map(digest)
+                held = self._fitting(self._store.map(digest))
                 self.mapped += 1
             self._held[digest] = held
             if len(self._held) > self._capacity:
                 self._held.popitem(last=False)
             return held
+
+    def _fitting(self, prefix: MappedPrefix) -> MappedPrefix:
+        """A prefix, if it is for this backbone: the store may have become another one's since the engine started."""
+        layers, layer = self._spec.num_layers, self._spec.layers[0]
+        for side, dim in ((prefix.keys, layer.key_dim), (prefix.values, layer.value_dim)):
+            wanted = (layers, prefix.length, layer.kv_heads, dim)
+            if side.shape != wanted:
+                raise PromptFileError(
+                    f"{prefix.path} holds {tuple(side.shape)}, this backbone's prefixes are {wanted}: export the "
+                    "prompt for this backbone"
+                )
+        return prefix
 
 
 class PageWriter:

@@ -10,7 +10,7 @@ from fastprompt.serving.http.state import Server
 
 PROMPTED = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/prompts"})
 PROMPTED_FOLDERS = ("/v1/models/", "/v1/prompts/")  # each looks at the key itself
-UNCOUNTED = frozenset({"/v1/responses", "/v1/messages", "/inference/v1/generate"})  # vLLM's own write as they like
+UNCOUNTED = frozenset({"/v1/responses", "/v1/messages"})  # vLLM's own write as they like
 BARE = UNCOUNTED | {"/tokenize", "/detokenize", "/version"}
 
 
@@ -21,14 +21,14 @@ class Paths:
         completions, chats, models, prompts     as their routes say
         what the backbone alone answers         for keys that may use it; what writes texts, without a limit of tokens
         anything else                           for administrators; metrics as the server was told
-        websockets                              closed: no key came with them
+        websockets                              closed: nobody has looked at their keys, or where they come from
     """
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket" and not self.server.access.open:
+        if scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return

@@ -18,6 +18,7 @@ from fastprompt.errors import ArgumentError, FastPromptError
 from fastprompt.integrations.vllm.administration import ExportedPrompts, Face
 from fastprompt.integrations.vllm.client import PromptedClient
 from fastprompt.integrations.vllm.handlers import PromptedHandler
+from fastprompt.integrations.vllm.launch import PLUGIN
 from fastprompt.integrations.vllm.offline import special_ids
 from fastprompt.integrations.vllm.paths import Paths
 from fastprompt.integrations.vllm.store import PrefixStore
@@ -49,8 +50,8 @@ class PromptEndpoints:
     write to), "keys" (a file), "insecure", "open_metrics". Errors when the server starts: FastPromptError.
     """
 
-    name = "fastprompt"
-    required_tasks = ("generate",)
+    name = PLUGIN
+    required_tasks = None  # whatever the model does: keys hold for all of it
 
     def __init__(self) -> None:
         self.server: Server | None = None

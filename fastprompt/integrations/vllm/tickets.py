@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 
 from fastprompt.errors import ArgumentError
 
@@ -85,12 +86,13 @@ def code_ids(vocab_size: int, avoid: Collection[int]) -> tuple[int, ...]:
 
     Many vocabularies have rows there that no text uses.
     """
-    found = [token for token in range(vocab_size - 1, -1, -1) if token not in set(avoid)][:CODE_IDS]
+    others = (token for token in range(vocab_size - 1, -1, -1) if token not in avoid)
+    found = tuple(islice(others, CODE_IDS))
     if len(found) < CODE_IDS:
         raise ArgumentError(
             f"the vocabulary has {vocab_size} tokens, expected {CODE_IDS} at least besides special ones"
         )
-    return tuple(found)
+    return found
 
 
 def placeholders(ticket: Ticket, ids: tuple[int, ...]) -> list[int]:
