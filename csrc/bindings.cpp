@@ -8,6 +8,7 @@
 #include "errors.h"
 #include "grouped_linear.h"
 #include "isa.h"
+#include "merge_states.h"
 #include "parallel.h"
 #include "plan.h"
 #include "prefix_attention.h"
@@ -105,7 +106,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "merge_states",
       [](View out, View lse, View out_a, View lse_a, View out_b, View lse_b) {
-        kernels().merge_states({out, lse, out_a, lse_a, out_b, lse_b});
+        merge_states({out, lse, out_a, lse_a, out_b, lse_b});
       },
       released());
   m.def(
@@ -132,6 +133,7 @@ PYBIND11_MODULE(_native, m) {
             dprompts);
       },
       released());
+  m.def("check_grouped_linear", check_grouped_linear);
   m.def("grouped_linear", grouped_linear, released());
   m.def("grouped_linear_backward", grouped_linear_backward, released());
 }

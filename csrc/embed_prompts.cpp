@@ -26,7 +26,16 @@ Text text_of(const EmbedPrompts& call, int64_t row) {
           call.text_len ? std::min(columns, call.text_len[row]) : columns};
 }
 
+bool fits(const EmbedPrompts& call) {
+  const int64_t rows = call.input_ids.rows;
+  return call.input_ids && has(call.weight, {-1, -1}) && has(call.prompts, {-1, call.weight.size[1]}) &&
+         has(call.out, {rows, -1, call.weight.size[1]}) && call.prompt_start && has(call.prompt_start, rows) &&
+         call.prompt_len && has(call.prompt_len, rows) && (!call.positions || call.positions.rows == rows) &&
+         has(call.text_start, rows) && has(call.text_len, rows);
+}
+
 void check(const EmbedPrompts& call) {
+  require(fits(call));
   check_extents(call.prompt_start, call.prompt_len, call.prompts.size[0], "prompt_start and prompt_len");
   const int64_t out_len = call.out.size[1];
   int64_t longest = 0;

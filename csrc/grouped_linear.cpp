@@ -48,21 +48,29 @@ class Layers {
   std::vector<int64_t> offsets_, starts_, lengths_;
 };
 
-void check(const Index& start, const Index& length, int64_t weight_rows, int64_t max_out) {
+bool fits(const View& x, const View& weight, const View& bias, const Index& start, const Index& length) {
+  return has(weight, {-1, -1}) && start && length && has(length, start.size) &&
+         has(x, {start.size, -1, weight.size[1]}) && x.dtype == weight.dtype &&
+         (!bias || (has(bias, {weight.size[0]}) && bias.dtype == weight.dtype));
+}
+
+}  // namespace
+
+void check_grouped_linear(const View& x, const View& weight, const View& bias, const Index& start, const Index& length,
+                          int64_t max_out) {
+  require(fits(x, weight, bias, start, length));
   int64_t longest = 0;
   for (int64_t row = 1; row < length.size; ++row) longest = length[row] > length[longest] ? row : longest;
   if (length.size && length[longest] > max_out) {
     throw ArgumentError("length[" + std::to_string(longest) + "] is " + std::to_string(length[longest]) +
                         ", max_out is " + std::to_string(max_out) + "; raise max_out");
   }
-  check_extents(start, length, weight_rows, "start and length");
+  check_extents(start, length, weight.size[0], "start and length");
 }
-
-}  // namespace
 
 void grouped_linear(const View& out, const View& x, const View& weight, const View& bias, const Index& start,
                     const Index& length) {
-  check(start, length, weight.size[0], out.size[2]);
+  check_grouped_linear(x, weight, bias, start, length, out.size[2]);
   const Layers layers(start, length, x.size[1]);
   const std::vector<void*> from = layers.pointers(x), to = layers.pointers(out);
   kernels().grouped_linear({layers.rows(from.data()), to.data(), out.size[2], weight, bias});
@@ -70,7 +78,7 @@ void grouped_linear(const View& out, const View& x, const View& weight, const Vi
 
 void grouped_linear_backward(const View& dx, const View& dweight, const View& dbias, const View& dout, const View& x,
                              const View& weight, const Index& start, const Index& length) {
-  check(start, length, weight.size[0], dout.size[2]);
+  check_grouped_linear(x, weight, {}, start, length, dout.size[2]);
   const Layers layers(start, length, x.size[1]);
   const std::vector<void*> from = layers.pointers(x), by = layers.pointers(dout), to = layers.pointers(dx);
   kernels().grouped_linear_backward({layers.rows(from.data()), reinterpret_cast<const float* const*>(by.data()), weight,

@@ -5,8 +5,12 @@
 
 namespace fastprompt {
 
-// `out` [B, M, max_out], `x` [B, M, E], `weight` [R, E], `bias` [R] or missing, in one dtype; the last dimension of
-// each is contiguous. Throws ArgumentError for layers that do not fit.
+// `x` [B, M, E], `weight` [R, E], `bias` [R] or missing, in one dtype; the last dimension of each is contiguous.
+// Throws ArgumentError for what does not fit, layers longer than `max_out` too.
+void check_grouped_linear(const View& x, const View& weight, const View& bias, const Index& start, const Index& length,
+                          int64_t max_out);
+
+// `out` [B, M, max_out] for these, which are checked.
 void grouped_linear(const View& out, const View& x, const View& weight, const View& bias, const Index& start,
                     const Index& length);
 

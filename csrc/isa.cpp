@@ -21,7 +21,9 @@ namespace fastprompt {
 
 FASTPROMPT_TABLE(portable)
 #if defined(__x86_64__)
+#if !defined(FASTPROMPT_WITHOUT_AVX2)
 FASTPROMPT_TABLE(avx2)
+#endif
 FASTPROMPT_TABLE(avx512)
 FASTPROMPT_TABLE(avx512_bf16)
 #endif
@@ -34,6 +36,9 @@ bool processor_has(Isa isa) {
   unsigned a, b, c = 0, d;
   const bool halves = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // older compilers do not know its name below
   const bool avx2 = halves && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(FASTPROMPT_WITHOUT_AVX2)
+  if (isa == Isa::avx2) return false;
+#endif
   if (isa == Isa::avx2 || !avx2) return avx2;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -71,8 +76,10 @@ const Kernels& kernels() {
       return avx512_bf16::table;
     case Isa::avx512:
       return avx512::table;
+#if !defined(FASTPROMPT_WITHOUT_AVX2)
     case Isa::avx2:
       return avx2::table;
+#endif
 #endif
     default:
       return portable::table;

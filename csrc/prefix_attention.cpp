@@ -1,7 +1,6 @@
 #include "prefix_attention.h"
 
 #include <algorithm>
-#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -106,18 +105,6 @@ void broadcast(View& view) {
   }
 }
 
-bool has(const View& x, std::initializer_list<int64_t> sizes) {
-  if (x.dims != static_cast<int>(sizes.size())) return false;
-  int i = 0;
-  for (const int64_t size : sizes) {
-    if (size >= 0 && x.size[i] != size) return false;
-    ++i;
-  }
-  return x.size[i - 1] < 2 || x.stride[i - 1] == 1;
-}
-
-bool has(const Index& x, int64_t size) { return !x || x.size == size; }
-
 bool spreads(const View& bias, const AttentionCall& call, int64_t columns) {
   if (!bias) return true;
   if (bias.dtype != Dtype::f32 || !has(bias, {-1, -1, -1, columns})) return false;
@@ -154,14 +141,13 @@ bool fits(const AttentionCall& call, const Gradients& gradients) {
   const int64_t rows = call.rows, heads = call.heads(), queries = call.q.size[2];
   const View &lse = call.lse, &dlse = gradients.dlse;
   return gradients.dout.dtype == call.dtype && has(gradients.dout, {rows, queries, heads, call.value_dim()}) &&
-         has(lse, {rows, heads, queries}) &&
-         (!dlse || (dlse.dims == 3 && dlse.size[0] == rows && dlse.size[1] == heads && dlse.size[2] == queries));
+         has(lse, {rows, heads, queries}) && (!dlse || sized(dlse, {rows, heads, queries}));
 }
 
 void prepare(AttentionCall& call) {
   call.rows = call.prefix_len.size;
   call.window = std::min(call.window, int64_t{1} << 40);  // as good as none, and sums with it stay in range
-  if (!fits(call)) throw ArgumentError("the arguments' shapes, strides or dtypes do not fit together");
+  require(fits(call));
   check_extents(call.prefix_start, call.prefix_len, call.prefix_k.size[1], "prefix_start and prefix_len");
   check_bias(call);
   if (call.paged()) check_pages(call);

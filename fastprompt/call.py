@@ -22,7 +22,7 @@ from fastprompt.library import PromptLibrary
 
 Rows = Sequence[str | None]
 _PROMPTS_ELSEWHERE = ("prompt", "adapter_names", "task_ids")  # a backbone that ignores them would run without a prompt
-_NEW = 20  # transformers' own limit of a generation that is given none
+_USUAL = 20  # transformers' own limit of a text that is generated without one
 
 
 @dataclass
@@ -36,15 +36,16 @@ class PreparedCall:
     labels: torch.Tensor | None = None
     as_tuple: bool = False
     given_ids: torch.Tensor | None = None  # with the virtual tokens in place
+    generating: bool = False
 
-    def place(self, rows: Sequence[InPlacePrompt | None], info: Backbone, generating: bool) -> VirtualTokens:
+    def place(self, rows: Sequence[InPlacePrompt | None], info: Backbone) -> VirtualTokens:
         """Find the virtual tokens that stand in place, and leave ids behind that any backbone can look up."""
         inputs, ids = self.inputs, self.inputs.get("input_ids")
         if ids is None or ids.dim() != 2:
             raise ArgumentError("rows with virtual tokens in place need input_ids [B, N] that say where they stand")
         mask = call_inputs.text_mask(inputs)
-        virtual = VirtualTokens.find(ids, mask[:, -ids.shape[1] :].bool(), rows, generating)
-        if generating or inputs.get("past_key_values") is None:
+        virtual = VirtualTokens.find(ids, mask[:, -ids.shape[1] :].bool(), rows, self.generating)
+        if self.generating or inputs.get("past_key_values") is None:
             virtual.check_used(rows)
         labels = inputs.get("labels")
         if labels is not None and labels.shape == ids.shape and not info.encoder_decoder:
@@ -56,7 +57,7 @@ class PreparedCall:
     def embed_in_place(self, virtual: VirtualTokens, info: Backbone) -> None:
         """Let a decoder look up the text itself, and its virtual tokens as `virtual` says."""
         mask = call_inputs.text_mask(self.inputs)
-        self.check_room(info, mask.sum(1))
+        self.check_room(info, mask.sum(1), mask.shape[1])
         if not (info.takes_position_ids or bool(mask[:, 0].all())) and positions.counts_ids(self.backbone):
             raise UnsupportedError(
                 f"{info.spec.model_type} numbers padding in front of input embeddings, which virtual tokens in place "
@@ -80,7 +81,7 @@ class PreparedCall:
             text = virtual.embed(text, virtual.index)
         layout = EmbeddedRows.build(text, mask, prompts)
         if not info.encoder_decoder:
-            self.check_room(info, layout.mask.sum(1))
+            self.check_room(info, layout.mask.sum(1), ids.shape[1])
         for name, fill in (("labels", -100), ("token_type_ids", 0)):
             value = inputs.get(name)
             if value is not None and value.shape == ids.shape and not (info.encoder_decoder and name == "labels"):
@@ -97,7 +98,7 @@ class PreparedCall:
             self.check_decoder(info, batch)
         else:
             mask = call_inputs.text_mask(self.inputs)
-            self.check_room(info, mask.sum(1) + batch.shift(mask.device))
+            self.check_room(info, mask.sum(1) + batch.shift(mask.device), mask.shape[1])
         if info.takes_position_ids:
             self.count_positions(batch)
         if info.path == "cache":
@@ -106,11 +107,18 @@ class PreparedCall:
         else:
             self.call.batch = batch
 
-    def check_room(self, info: Backbone, used: torch.Tensor) -> None:
+    def new_tokens(self, columns: int, usual: int = 0) -> int:
+        """How many tokens the caller asks for behind `columns`; `usual` is the length where no limit was given."""
+        if not self.generating:
+            return 0
+        new, longest = (call_inputs.generation_option(self.inputs, n) for n in ("max_new_tokens", "max_length"))
+        return max((longest or usual) - columns, 0) if new is None else new
+
+    def check_room(self, info: Backbone, used: torch.Tensor, columns: int) -> None:
         """Refuse a call whose rows `used` `[B]`, prompt and text, do not fit the learned positions with new tokens."""
         if info.max_positions is None:
             return
-        longest, new = int(used.max()), self.inputs.get("max_new_tokens") or 0
+        longest, new = int(used.max()), self.new_tokens(columns)
         if longest + new > info.max_positions:
             raise ArgumentError(
                 f"a row of {longest} tokens with its prompt and {new} to generate need {longest + new} positions, "
@@ -121,8 +129,7 @@ class PreparedCall:
         """Refuse padding between prompts and texts where a local window counts it and may cut something off."""
         if info.counted_window is None or bool(mask[:, 0].all()):
             return
-        new = self.inputs.get("max_new_tokens") or max((self.inputs.get("max_length") or _NEW) - mask.shape[1], 0)
-        if virtual + mask.shape[1] + new > info.counted_window:
+        if virtual + mask.shape[1] + self.new_tokens(mask.shape[1], _USUAL) > info.counted_window:
             raise UnsupportedError(
                 f"{info.spec.model_type} counts the padding between a prompt and its text into its local window of "
                 f"{info.counted_window}: pass texts of equal length, or right-padded ones to forward"
@@ -132,7 +139,7 @@ class PreparedCall:
         """The same for an encoder-decoder's decoder, which must have no padding in front where it counts positions."""
         own = next((self.inputs[n] for n in ("decoder_input_ids", "labels") if self.inputs.get(n) is not None), None)
         length = own.shape[1] if own is not None else 1
-        self.check_room(info, batch.shift(torch.device("cpu")) + length)
+        self.check_room(info, batch.shift(torch.device("cpu")) + length, length)
         mask = self.inputs.get("decoder_attention_mask")
         if info.counts_decoder_padding and mask is not None and not bool(mask[:, 0].all()):
             raise UnsupportedError(
@@ -194,13 +201,13 @@ def prepared(
     call = Call(info.owner, heads=RowHeads.build([library[r].head if r else None for r in rows]))
     rows = [library.source(r) if r else None for r in rows]  # shared virtual tokens enter once
     prompts = {name: library[name] for name in dict.fromkeys(filter(None, rows))}
-    made = PreparedCall(dict(inputs), call, info.model)
+    made = PreparedCall(dict(inputs), call, info.model, generating=generating)
     made.name_outputs()
     in_place = {name: prompt() for name, prompt in prompts.items() if prompt.in_place}
     in_front = {n: p() for n, p in prompts.items() if p.kind == "embedding" and not (info.compiles or p.in_place)}
     virtual = None
     if in_place:
-        virtual = made.place([InPlacePrompt(r, in_place[r]) if r in in_place else None for r in rows], info, generating)
+        virtual = made.place([InPlacePrompt(r, in_place[r]) if r in in_place else None for r in rows], info)
     made.own_loss()
     keeps_ids = not in_front and (virtual is None or info.looks_up_ids)
     with ExitStack() as stack:

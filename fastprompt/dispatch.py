@@ -135,20 +135,17 @@ for _chooser in _choosers:
     _chooser._dynamo_marked_constant = True
 
 
-def choose_for_heads(op: str, impl: str | None, device: torch.device, dtype: torch.dtype, *sizes: int) -> str:
-    """As `choose`, for attention with heads of these sizes: the reference where kernels take none so large.
+def fitting_heads(op: str, impl: str | None, chosen: str, *heads: torch.Tensor) -> str:
+    """What was chosen, or the reference where it takes no `heads` `[..., D]` so large.
 
-    Raises also `ImplementationError` where one that does not take them was asked for.
+    Raises `ImplementationError` where one that does not take them was asked for.
     """
-    return fitting_heads(op, impl, choose(op, impl, device, dtype), *sizes)
-
-
-def fitting_heads(op: str, impl: str | None, chosen: str, *sizes: int) -> str:
-    """What was chosen, or the reference where it takes no heads of these sizes and was not asked for."""
-    largest = _LARGEST_HEAD.get(chosen)
-    if largest is None or max(sizes) <= largest:
+    if chosen not in _LARGEST_HEAD:
         return chosen
-    reason = f"its heads have {max(sizes)} numbers, expected at most {largest}"
+    size, largest = max(x.shape[-1] for x in heads), _LARGEST_HEAD[chosen]
+    if size <= largest:
+        return chosen
+    reason = f"its heads have {size} numbers, expected at most {largest}"
     if asked(impl):
         raise ImplementationError(f"{chosen!r} cannot run {op}: {reason}; use 'reference' or None")
     _say_once(op, chosen, reason)

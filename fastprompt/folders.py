@@ -141,7 +141,9 @@ def _check_replaceable(target: Path, overwrite: bool, owned: Collection[str]) ->
     if not target.is_dir():
         raise PromptFileError(f"{target} is a file, expected a folder or a free name: choose another path")
     if not overwrite and any(target.iterdir()):
-        raise DuplicatePromptError(f"{target} exists already: pass overwrite=True to replace it, or another path")
+        raise DuplicatePromptError(
+            f"{target} exists already: pass overwrite=True (--overwrite) to replace it, or another path"
+        )
     foreign = sorted(p.name for p in target.iterdir() if p.name not in owned)
     if foreign:
         raise PromptFileError(

@@ -21,6 +21,8 @@ from fastprompt.prompts import SoftPrompt
 from fastprompt.spec import Prefix, unflatten
 from fastprompt.store import prompt_digest
 
+_SHOWN = 8  # names of a library that an error lists
+
 
 def _key(name: str) -> str:
     return quote(name, safe="").replace(".", "%2E")  # a module's name takes no dots
@@ -71,7 +73,10 @@ class PromptLibrary(nn.Module):
     def __getitem__(self, name: str) -> SoftPrompt:
         if name not in self._names:
             near = get_close_matches(str(name), self._names, n=3)
-            known = f"did you mean {' or '.join(map(repr, near))}?" if near else f"{len(self)} prompts are loaded"
+            some = ", ".join(map(repr, list(self._names)[:_SHOWN])) + (", ..." if len(self) > _SHOWN else "")
+            known = (
+                f"did you mean {' or '.join(map(repr, near))}?" if near else f"loaded are {some if self else 'none'}"
+            )
             raise PromptNotFoundError(f"prompt {name!r} is not loaded: {known}")
         return self.modules_by_key[self._names[name]]  # type: ignore[return-value]
 

@@ -64,8 +64,6 @@ class PromptedModel(nn.Module):
                 raise
             return getattr(self.backbone, name)
 
-    # prompts ---------------------------------------------------------------------------------------------------------
-
     def add_prompt(
         self,
         name: str,
@@ -98,9 +96,8 @@ class PromptedModel(nn.Module):
                 prompt = config.build(self._info.spec, BackboneSource(self._info, self.tokenizer), seed=seed)
             self._give_head(prompt, num_labels, labels, seed)
         else:
-            raise ArgumentError(
-                f"config is {type(config).__name__}, expected a prompt config: PrefixTuning(num_virtual_tokens=30), say"
-            )
+            what = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+            raise ArgumentError(f"config is {what}, expected a prompt config: PrefixTuning(num_virtual_tokens=30), say")
         return self._take(name, prompt)
 
     def share_prompt(
@@ -189,8 +186,6 @@ class PromptedModel(nn.Module):
         embeds = "compiled to prefixes" if info.compiles else "embedded before the text"
         lines = [f"{info.spec.describe()}: prefix path {info.path!r}", *info.reasons, f"embedding prompts are {embeds}"]
         return "\n  ".join(lines)
-
-    # calls -----------------------------------------------------------------------------------------------------------
 
     def forward(
         self,

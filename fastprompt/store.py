@@ -85,7 +85,9 @@ def other_format(folder: Path, wanted: str) -> PromptFileError:
         )
     if not folder.is_dir():
         return PromptFileError(f"{folder} is a file: expected a folder with {wanted}")
-    hint = "; it is a PEFT adapter: load it as one" if "adapter_config.json" in names else ""
+    hint = ": expected a prompt's folder"
+    if "adapter_config.json" in names:
+        hint = "; it is a PEFT adapter: load it as one"
     return PromptFileError(f"{folder} has no readable {wanted}, only {names[:8]}{hint}")
 
 

@@ -7,9 +7,8 @@ namespace {
 
 constexpr int64_t kBlockColumns = 64, kBlockDepth = 1024;
 
-// Rows and columns of a tile: kWidth sums, one a lane. A lone row has a flat tile.
-constexpr int kTileRows = kWidth == 16 ? 4 : 2;
-constexpr int columns_beside(int rows) { return kWidth / rows; }
+// A tile has kWidth sums. Where it has fewer rows times columns, as many of them as fit in are parts of one.
+constexpr int kTileRows = kWidth == 16 ? 4 : 2, kFewColumns = 2;
 
 // Numbers of a row that one step of a dot product takes, and the step.
 template <class T>
@@ -35,14 +34,16 @@ struct Dot<Bf16> {
 };
 #endif
 
-// Adds to `sums`, rows of a stride, the products of kM rows of x with the rows `b` of weight, over `depth` numbers.
-template <class T, int kM>
-FP_INLINE void dot_tile(float* sums, int64_t stride, const T* const (&a)[kM], const T* const (&b)[columns_beside(kM)],
+// Adds to `sums`, rows of a stride, the products of kM rows of x with kN rows of weight, over `depth` numbers.
+// A lone row only waits for memory: it asks for the rows of the tiles after it, `ahead` being the next one of x.
+template <class T, int kM, int kN>
+FP_INLINE void dot_tile(float* sums, int64_t stride, const T* const (&a)[kM], const T* const (&b)[kN], const T* ahead,
                         int64_t at, int64_t depth) {
-  constexpr int kN = columns_beside(kM);
+  constexpr int kParts = kWidth / (kM * kN), kStep = Dot<T>::kStep;
   vf sum[kWidth] = {};
-  const auto step = [&](int64_t k, auto size) {
-    if constexpr (kM == 1) {  // nothing but waiting for memory: ask for the next tile's rows
+  const auto step = [&](int64_t k, int part, auto size) {
+    if constexpr (kM == 1) {
+      __builtin_prefetch(ahead + k);
 #pragma GCC unroll 16
       for (int n = 0; n < kN; ++n) __builtin_prefetch(b[n] + k + kN * (b[1] - b[0]), 0, 2);
     }
@@ -50,26 +51,35 @@ FP_INLINE void dot_tile(float* sums, int64_t stride, const T* const (&a)[kM], co
     for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 16
       for (int n = 0; n < kN; ++n) {
-        vf& s = sum[m * kN + n];
+        vf& s = sum[(m * kN + n) * kParts + part];
         s = Dot<T>::step(s, a[m] + k, b[n] + k, size);
       }
   };
   int64_t k = at;
-  for (; k + Dot<T>::kStep <= at + depth; k += Dot<T>::kStep) step(k, Whole{});
-  for (; k < at + depth; k += kWidth) step(k, Part{static_cast<int>(least<int64_t>(kWidth, at + depth - k))});
+  for (; k + kParts * kStep <= at + depth; k += kParts * kStep) {
+#pragma GCC unroll 16
+    for (int part = 0; part < kParts; ++part) step(k + part * kStep, part, Whole{});
+  }
+  for (; kParts > 1 && k + kStep <= at + depth; k += kStep) step(k, 0, Whole{});
+  for (; k < at + depth; k += kWidth) step(k, 0, Part{static_cast<int>(least<int64_t>(kWidth, at + depth - k))});
   const vf total = sums_of(sum);
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 16
-    for (int n = 0; n < kN; ++n) sums[m * stride + n] += total[m * kN + n];
+    for (int n = 0; n < kN; ++n)
+#pragma GCC unroll 16
+      for (int part = 0; part < kParts; ++part) sums[m * stride + n] += total[(m * kN + n) * kParts + part];
 }
 
-// The sums of a block in tiles of kM rows, in `sums` of rows of a stride: both are rounded up to whole tiles.
-template <class T, int kM>
-void sum_block(const GroupedLinear& call, int64_t start, const Block& block, float* sums, int64_t stride) {
-  constexpr int kN = columns_beside(kM);
+// The sums of a block in tiles of kM rows and kN columns, in `sums` of rows of a stride: both are rounded up to whole
+// tiles.
+template <class T, int kM, int kN>
+void sum_block(const GroupedLinear& call, const Block& block, float* sums, int64_t stride) {
   const int64_t size = call.weight.size[1];
-  const T* weight = call.weight.as<T>() + (start + block.first_column) * call.weight.stride[0];
+  const int64_t first = call.rows.starts[block.layer] + block.first_column;
+  const T* weight = call.weight.as<T>() + first * call.weight.stride[0];
+  const int64_t rows = call.rows.offsets[call.rows.layers];
+  const T* ahead = static_cast<const T*>(call.rows.x[least(block.first_row + 1, rows - 1)]);
   for (int64_t at = 0; at < size; at += kBlockDepth) {
     for (int64_t column = 0; column < block.columns; column += kN) {
       const T* b[kN];  // past the edge the last one again
@@ -79,23 +89,26 @@ void sum_block(const GroupedLinear& call, int64_t start, const Block& block, flo
         for (int m = 0; m < kM; ++m) {
           a[m] = static_cast<const T*>(call.rows.x[block.first_row + least(row + m, block.rows - 1)]);
         }
-        dot_tile<T, kM>(sums + row * stride + column, stride, a, b, at, least(kBlockDepth, size - at));
+        dot_tile(sums + row * stride + column, stride, a, b, ahead, at, least(kBlockDepth, size - at));
       }
     }
   }
 }
 
 template <class T>
-void multiply_block(const GroupedLinear& call, int64_t start, const Block& block) {
+void multiply_block(const GroupedLinear& call, const Block& block) {
   const int64_t stride = round_up(block.columns, kWidth), count = round_up(block.rows, kTileRows) * stride;
   float* sums = static_cast<float*>(thread_scratch(count * sizeof(float)));
   memset(sums, 0, count * sizeof(float));
+  const bool narrow = block.columns <= kFewColumns;
   if (block.rows == 1) {
-    sum_block<T, 1>(call, start, block, sums, stride);
+    narrow ? sum_block<T, 1, kFewColumns>(call, block, sums, stride)
+           : sum_block<T, 1, kWidth>(call, block, sums, stride);
   } else {
-    sum_block<T, kTileRows>(call, start, block, sums, stride);
+    narrow ? sum_block<T, kTileRows, kFewColumns>(call, block, sums, stride)
+           : sum_block<T, kTileRows, kWidth / kTileRows>(call, block, sums, stride);
   }
-  const T* bias = call.bias ? call.bias.as<T>() + start + block.first_column : nullptr;
+  const T* bias = call.bias ? call.bias.as<T>() + call.rows.starts[block.layer] + block.first_column : nullptr;
   for (int64_t m = 0; m < block.rows; ++m) {
     T* out = static_cast<T*>(call.out[block.first_row + m]) + block.first_column;
     const float* row = sums + m * stride;
@@ -114,12 +127,12 @@ void fill(T* out, int64_t count, float value) {
 template <class T>
 void forward(const GroupedLinear& call) {
   const GroupedRows& rows = call.rows;
-  for_each_block(rows, kBlockColumns, [&](int64_t layer, const Block& block) {
-    if (block.columns) multiply_block<T>(call, rows.starts[layer], block);
-    if (block.first_column + block.columns < rows.lengths[layer]) return;
+  for_each_block(rows, kBlockColumns, [&](const Block& block) {
+    const int64_t length = rows.lengths[block.layer];
+    if (block.columns) multiply_block<T>(call, block);
+    if (block.first_column + block.columns < length) return;
     for (int64_t m = 0; m < block.rows; ++m) {
-      T* out = static_cast<T*>(call.out[block.first_row + m]);
-      fill(out + rows.lengths[layer], call.max_out - rows.lengths[layer], -kInf);
+      fill(static_cast<T*>(call.out[block.first_row + m]) + length, call.max_out - length, -kInf);
     }
   });
 }

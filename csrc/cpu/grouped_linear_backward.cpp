@@ -51,14 +51,14 @@ FP_INLINE void for_columns(int64_t first, int64_t last, F f) {
 
 // The rows of dx that a block of dout gives, over some weight rows at a time, which stay in cache for the whole block.
 template <class T>
-void backward_block(const GroupedLinearBackward& call, int64_t start, const Block& block) {
+void backward_block(const GroupedLinearBackward& call, const Block& block) {
   const int64_t size = call.weight.size[1], stride = call.weight.stride[0];
   const int64_t step = block.rows > kSumRows ? kWeightRows : kLongRunRows;  // few rows of dout only wait for memory
   float* sums = static_cast<float*>(thread_scratch(block.columns > step ? block.rows * size * sizeof(float) : 0));
   for (int64_t begin = 0; begin == 0 || begin < block.columns; begin += step) {
     const int64_t depth = least(step, block.columns - begin);
     const bool last = begin + depth == block.columns;
-    const T* weight = call.weight.as<T>() + (start + begin) * stride;
+    const T* weight = call.weight.as<T>() + (call.rows.starts[block.layer] + begin) * stride;
     for_columns(0, size, [&](int64_t at, auto vectors, auto part) {
       for (int64_t row = 0; row < block.rows; row += kSumRows) {
         const int count = static_cast<int>(least<int64_t>(kSumRows, block.rows - row));
@@ -128,9 +128,7 @@ void grouped_linear_backward(const GroupedLinearBackward& call) {
   with_storage(call.weight.dtype, [&](auto number) {
     using T = decltype(number);
     if (call.dx) {
-      for_each_block(call.rows, INT64_MAX, [&](int64_t layer, const Block& block) {
-        backward_block<T>(call, call.rows.starts[layer], block);
-      });
+      for_each_block(call.rows, INT64_MAX, [&](const Block& block) { backward_block<T>(call, block); });
     }
     if (call.dweight) {
       for_each_unit((size + kSumColumns - 1) / kSumColumns, [&](int64_t unit) {

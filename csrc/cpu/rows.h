@@ -12,6 +12,9 @@ struct Part {
   int lanes;
 };
 
+constexpr int numbers_of(Whole) { return kWidth; }
+constexpr int numbers_of(Part part) { return part.lanes; }
+
 template <class T>
 FP_INLINE vf load(const T* p, Whole) {
   return load(p);

@@ -90,10 +90,10 @@ FP_INLINE vi lanes() {
   return v;
 }
 
-// ---- exponentials
+// ---- exponentials and logarithms
 
-// 2^x for x <= 0 or moderately above; below 2^-126 the result is that or 0. The polynomial is the minimax one in
-// relative error on [-1/2, 1/2]: 1.9e-9 in degree 6, 2.6e-6 in degree 4.
+// 2^x for x <= 0 or moderately above; below 2^-126 the result is that or 0. On [-1/2, 1/2] the polynomial is off by
+// at most 1.6e-8 of its value in degree 6 and by 2.7e-6 in degree 4, rounding apart.
 template <int kDegree>
 FP_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__)
@@ -126,6 +126,18 @@ FP_INLINE vf exp2(vf x) {
   const vf scaled = (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
   return x < -125.0f ? vf{} : scaled;
 #endif
+}
+
+// The natural logarithm of 1 + x for 0 <= x <= 1, as 2 artanh(x / (2 + x)): off by at most 8e-9 of its value, rounding
+// apart.
+FP_INLINE vf log1p(vf x) {
+  const vf s = x / (x + 2.0f), z = s * s;
+  vf p = splat(0.281783342f);
+  p = p * z + 0.279606014f;
+  p = p * z + 0.400249094f;
+  p = p * z + 0.66666317f;
+  p = p * z + 2.0f;
+  return s * p;
 }
 
 // ---- 32-bit transposition

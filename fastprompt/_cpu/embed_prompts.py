@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastprompt._cpu import kernels, rows_contiguous
+from fastprompt.arguments import EmbedPrompts
 
 
-def forward(
-    input_ids: Tensor,
-    weight: Tensor,
-    prompts: Tensor,
-    prompt_start: Tensor,
-    prompt_len: Tensor,
-    positions: Tensor | None,
-    text_start: Tensor | None,
-    text_len: Tensor | None,
-    left: bool,
-    out_len: int,
-    scale: float | None,
-) -> Tensor:
+def forward(call: EmbedPrompts) -> Tensor:
     """`[B, out_len, E]`."""
-    out = weight.new_empty(input_ids.shape[0], out_len, weight.shape[1])
-    kernels.embed_prompts(
-        out, input_ids, rows_contiguous(weight), rows_contiguous(prompts), prompt_start, prompt_len, positions,
-        text_start, text_len, left, 1.0 if scale is None else scale,
-    )  # fmt: skip
+    weight = call.weight
+    out = weight.new_empty(call.input_ids.shape[0], call.out_len, weight.shape[1])
+    kernels.embed_prompts(out, *_operands(call))
     return out
 
 
-def backward(
-    dout: Tensor,
-    input_ids: Tensor,
-    weight: Tensor,
-    prompts: Tensor,
-    prompt_start: Tensor,
-    prompt_len: Tensor,
-    positions: Tensor | None,
-    text_start: Tensor | None,
-    text_len: Tensor | None,
-    left: bool,
-    out_len: int,
-    scale: float | None,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
+def backward(dout: Tensor, call: EmbedPrompts, wanted: list[bool]) -> tuple[Tensor, Tensor]:
     """Gradients of `weight` and `prompts`; `[0]` where not wanted."""
-    tables = rows_contiguous(weight), rows_contiguous(prompts)
-    sums = [torch.zeros_like(table) if want else None for table, want in zip(tables, wanted, strict=True)]
-    kernels.embed_prompts_backward(
-        *sums, rows_contiguous(dout), input_ids, *tables, prompt_start, prompt_len, positions, text_start, text_len,
-        left, 1.0 if scale is None else scale,
-    )  # fmt: skip
-    dweight, dprompts = map(_laid_out, sums, (weight, prompts))
+    operands = _operands(call)
+    sums = [torch.zeros_like(table) if want else None for table, want in zip(operands[1:3], wanted, strict=True)]
+    kernels.embed_prompts_backward(*sums, rows_contiguous(dout), *operands)
+    dweight, dprompts = map(_laid_out, sums, (call.weight, call.prompts))
     return dweight, dprompts
+
+
+def _operands(call: EmbedPrompts) -> tuple[Any, ...]:
+    """What the kernels take behind their results."""
+    input_ids, weight, prompts, *extents, left, _, scale = call
+    return (
+        input_ids, rows_contiguous(weight), rows_contiguous(prompts), *extents, left, 1.0 if scale is None else scale,
+    )  # fmt: skip
 
 
 def _laid_out(total: Tensor | None, like: Tensor) -> Tensor:

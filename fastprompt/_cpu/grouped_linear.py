@@ -16,6 +16,7 @@ _LARGE_FORWARD, _LARGE_BACKWARD = 1e9, 5e7
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor, length: Tensor, max_out: int) -> Tensor:
     """`[B, ..., max_out]`, -inf past a row's length."""
     if _left_to_torch(x, max_out, _LARGE_FORWARD):
+        kernels.check_grouped_linear(_tokens(x), weight, bias, start, length, max_out)
         return eager.forward(x, weight, bias, start, length, max_out)
     out = x.new_empty(*x.shape[:-1], max_out)
     kernels.grouped_linear(_tokens(out), _tokens(x), weight, bias, start, length)

@@ -10,7 +10,7 @@ from fastprompt._cpu import kernels, rows_contiguous
 
 def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """`out` as `out_a` and `lse` as `lse_a`, contiguous."""
-    out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+    out, lse = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (out_a, lse_a))
     kernels.merge_states(out, lse, out_a, lse_a, out_b, lse_b)
     return out, lse
 

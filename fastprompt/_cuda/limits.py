@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from fastprompt.arguments import PagedPrefixAttention
 from fastprompt.plan import BatchPlan
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -12,22 +12,20 @@ MOST_SHARED_HEADS = 16  # query heads of a key-value head
 _VECTOR = 8  # elements of the 16 bytes that are loaded at once
 
 
-def problem(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_k: Tensor, prefix_v: Tensor, rows: int, plan: BatchPlan | None
-) -> str | None:
-    """Why the kernel does not take a call of paged_prefix_attention, or None."""
-    tokens, heads, dim = q.shape
-    kv_heads, dim_v = v_cache.shape[2:]
+def problem(call: PagedPrefixAttention, plan: BatchPlan | None) -> str | None:
+    """Why the kernel does not take a call, or None."""
+    tokens, heads, dim = call.q.shape
+    kv_heads, dim_v = call.v_cache.shape[2:]
     if plan is None:
         return "it needs a plan built with queries, which says that every row has one query"
-    if plan.decoding is None or tokens != rows:
+    if plan.decoding is None or tokens != call.kv_len.shape[0]:
         return "it takes rows of one query only, and not every row has one by its plan"
     if dim not in HEAD_DIMS or dim_v != dim:
         return f"its heads have {dim} and {dim_v} numbers, expected the same for both, one of {_listed(HEAD_DIMS)}"
     if heads > MOST_SHARED_HEADS * kv_heads:
         return f"{heads // kv_heads} query heads share a key-value head, expected at most {MOST_SHARED_HEADS}"
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "prefix_k": prefix_k, "prefix_v": prefix_v}
-    for name, x in tensors.items():
+    for name in ("q", "k_cache", "v_cache", "prefix_k", "prefix_v"):
+        x = getattr(call, name)
         # a compiler cannot read where a tensor begins; there the kernel itself refuses what lies between vectors
         begin = 0 if torch.compiler.is_compiling() else x.storage_offset()
         for step in (begin, *x.stride()[:-1]):

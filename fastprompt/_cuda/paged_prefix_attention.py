@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastprompt import native
+from fastprompt.arguments import PagedPrefixAttention
 from fastprompt.plan import SHARERS, sharing_capacity
 
 kernels = native.load_cuda()
@@ -13,22 +14,9 @@ _FAR = 2**30  # a window no sequence reaches
 
 
 def forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    q_start: Tensor,
-    kv_len: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
+    call: PagedPrefixAttention,
     plan: Tensor | None,
     sharing: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
     need_lse: bool,
     prefix_scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -37,22 +25,24 @@ def forward(
     `prefix_k` and `prefix_v` may be `torch.float8_e4m3fn`, with strides of whole 16 bytes: numbers that
     `prefix_scales`, float32 `[Hkv]` of keys and of values, multiply. The op takes no such prefixes; only this does.
     """
+    q, sinks, window = call.q, call.sinks, call.window
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[1::-1] if need_lse else (0,), dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
     tile_of_row, tiles = _lists(None if window is not None else sharing)
     # what is converted must live until the launch: the workspace would get its memory
-    table, begins, lens, starts, lengths = map(_index, (block_table, q_start, kv_len, prefix_start, prefix_len))
+    table, begins, lens = map(_index, (call.block_table, call.q_start, call.kv_len))
+    starts, lengths = map(_index, (call.prefix_start, call.prefix_len))
     logits = None if sinks is None else (sinks.float() if sinks.dtype == torch.float64 else sinks).contiguous()
-    call = kernels.Decode(
-        out, lse if need_lse else None, q, k_cache, v_cache, table, begins, lens, prefix_k, prefix_v, starts, lengths,
-        logits, tile_of_row, tiles, scale, min(window or 0, _FAR), softcap or 0.0, q.device.index or 0,
-        *(prefix_scales or (None, None)),
+    launch = kernels.Decode(
+        out, lse if need_lse else None, q, call.k_cache, call.v_cache, table, begins, lens, call.prefix_k,
+        call.prefix_v, starts, lengths, logits, tile_of_row, tiles, call.scale, min(window or 0, _FAR),
+        call.softcap or 0.0, q.device.index or 0, *(prefix_scales or (None, None)),
     )  # fmt: skip
-    room = call.workspace_bytes
+    room = launch.workspace_bytes
     workspace = q.new_empty(room, dtype=torch.uint8) if room else None
-    call.run(0 if workspace is None else workspace.data_ptr(), room, _stream(q))
+    launch.run(0 if workspace is None else workspace.data_ptr(), room, _stream(q))
     return out, lse
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._eager.groups import check_extents
+from fastprompt.arguments import EmbedPrompts
 from fastprompt.errors import ArgumentError
 
 
@@ -21,52 +22,27 @@ class Placement:
     virtual_from: Tensor
 
 
-def forward(
-    input_ids: Tensor,
-    weight: Tensor,
-    prompts: Tensor,
-    prompt_start: Tensor,
-    prompt_len: Tensor,
-    positions: Tensor | None,
-    text_start: Tensor | None,
-    text_len: Tensor | None,
-    left: bool,
-    out_len: int,
-    scale: float | None,
-) -> Tensor:
+def forward(call: EmbedPrompts) -> Tensor:
     """`[B, out_len, E]`."""
-    at = _place(input_ids, prompts.shape[0], prompt_start, prompt_len, positions, text_start, text_len, left, out_len)
-    out = weight.new_zeros(input_ids.shape[0] * out_len, weight.shape[1])
+    at, weight, scale = _place(call), call.weight, call.scale
+    rows, columns = call.input_ids.shape[0], call.out_len
+    out = weight.new_zeros(rows * columns, weight.shape[1])
     text = _look_up(weight, at.text_ids)
     out.index_copy_(0, at.text_to, text if scale is None else text.mul_(scale))
-    out.index_copy_(0, at.virtual_to, prompts.index_select(0, at.virtual_from).to(weight.dtype))
-    return out.view(input_ids.shape[0], out_len, weight.shape[1])
+    out.index_copy_(0, at.virtual_to, call.prompts.index_select(0, at.virtual_from).to(weight.dtype))
+    return out.view(rows, columns, weight.shape[1])
 
 
-def backward(
-    dout: Tensor,
-    input_ids: Tensor,
-    weight: Tensor,
-    prompts: Tensor,
-    prompt_start: Tensor,
-    prompt_len: Tensor,
-    positions: Tensor | None,
-    text_start: Tensor | None,
-    text_len: Tensor | None,
-    left: bool,
-    out_len: int,
-    scale: float | None,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
+def backward(dout: Tensor, call: EmbedPrompts, wanted: list[bool]) -> tuple[Tensor, Tensor]:
     """Gradients of `weight` and `prompts`; `[0]` where not wanted."""
-    at = _place(input_ids, prompts.shape[0], prompt_start, prompt_len, positions, text_start, text_len, left, out_len)
+    at, weight, scale = _place(call), call.weight, call.scale
     flat = dout.reshape(-1, weight.shape[1])
     dweight, dprompts = dout.new_empty(0), dout.new_empty(0)
     if wanted[0]:
         text = flat.index_select(0, at.text_to)
         dweight = _sum_into(weight, at.text_ids, text if scale is None else text * scale)
     if wanted[1]:
-        dprompts = _sum_into(prompts, at.virtual_from, flat.index_select(0, at.virtual_to))
+        dprompts = _sum_into(call.prompts, at.virtual_from, flat.index_select(0, at.virtual_to))
     return dweight, dprompts
 
 
@@ -89,26 +65,17 @@ def _sum_into(like: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(total)
 
 
-def _place(
-    input_ids: Tensor,
-    tokens: int,
-    start: Tensor,
-    length: Tensor,
-    positions: Tensor | None,
-    text_start: Tensor | None,
-    text_len: Tensor | None,
-    left: bool,
-    out_len: int,
-) -> Placement:
+def _place(call: EmbedPrompts) -> Placement:
+    input_ids, positions, out_len = call.input_ids, call.positions, call.out_len
     rows, columns = input_ids.shape
     device = input_ids.device
-    start, length = start.long(), length.long()
-    first = torch.zeros_like(length) if text_start is None else text_start.long().clamp(min=0)
-    last = torch.full_like(length, columns) if text_len is None else text_len.long().clamp(max=columns)
+    start, length = call.prompt_start.long(), call.prompt_len.long()
+    first = torch.zeros_like(length) if call.text_start is None else call.text_start.long().clamp(min=0)
+    last = torch.full_like(length, columns) if call.text_len is None else call.text_len.long().clamp(max=columns)
     texts = (last - first).clamp(min=0)
     total = length + texts
-    _check(start.tolist(), length.tolist(), total.tolist(), tokens, out_len)
-    base = torch.arange(rows, device=device) * out_len + (out_len - total if left else 0)  # of the row's sequence
+    _check(start.tolist(), length.tolist(), total.tolist(), call.prompts.shape[0], out_len)
+    base = torch.arange(rows, device=device) * out_len + (out_len - total if call.left else 0)  # of the row's sequence
     width = int(length.max()) if rows else 0
     if positions is not None and positions.shape[1] < width:
         raise ArgumentError(

@@ -8,47 +8,34 @@ import torch
 from torch import Tensor
 
 from fastprompt._eager import prefix_attention
+from fastprompt.arguments import PagedPrefixAttention, PrefixAttention
 from fastprompt.errors import ArgumentError
 
 
 def forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    q_start: Tensor,
-    kv_len: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
-    plan: Tensor | None,
-    sharing: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    need_lse: bool,
+    call: PagedPrefixAttention, plan: Tensor | None, sharing: Tensor | None, need_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """`out [tokens, Hq, Dv]` and `lse [Hq, tokens]` (`[0]` unless needed)."""
+    q, kv_len, k_cache = call.q, call.kv_len, call.k_cache
     tokens, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_zeros(tokens, heads, v_cache.shape[3])
+    out = q.new_zeros(tokens, heads, call.v_cache.shape[3])
     lse = q.new_full((heads, tokens) if need_lse else (0,), -float("inf"), dtype=lse_dtype)
-    bounds, lens = q_start.tolist(), kv_len.tolist()
-    _check(bounds, lens, block_table, k_cache, tokens)
+    bounds, lens = call.q_start.tolist(), kv_len.tolist()
+    _check(bounds, lens, call.block_table, k_cache, tokens)
     for count, rows in _by_queries(bounds).items():
         whole = len(rows) == len(lens)
         pick = torch.tensor(rows, device=q.device)
         at = torch.tensor([bounds[r] for r in rows], device=q.device)[:, None] + torch.arange(count, device=q.device)
         pages = -(-max(lens[r] for r in rows) // k_cache.shape[1])
-        blocks = block_table[pick, :pages].long().clamp(0, k_cache.shape[0] - 1)
-        k, v = (c[blocks].flatten(1, 2).transpose(1, 2) for c in (k_cache, v_cache))  # [R, Hkv, S, d]
-        row_out, row_lse = prefix_attention.forward(
-            q[at].transpose(1, 2), k, v, prefix_k, prefix_v, prefix_start[pick], prefix_len[pick],
-            sinks, None, None, None, kv_len[pick], kv_len[pick] - count, plan if whole else None,
-            True, scale, window, softcap, need_lse,
+        blocks = call.block_table[pick, :pages].long().clamp(0, k_cache.shape[0] - 1)
+        k, v = (c[blocks].flatten(1, 2).transpose(1, 2) for c in (k_cache, call.v_cache))  # [R, Hkv, S, d]
+        dense = PrefixAttention(
+            q[at].transpose(1, 2), k, v, call.prefix_k, call.prefix_v, call.prefix_start[pick], call.prefix_len[pick],
+            call.sinks, None, None, None, kv_len[pick], kv_len[pick] - count,
+            True, call.scale, call.window, call.softcap,
         )  # fmt: skip
+        row_out, row_lse = prefix_attention.forward(dense, plan if whole else None, need_lse)
         out[at] = row_out
         if need_lse:
             lse[:, at] = row_lse.transpose(0, 1)

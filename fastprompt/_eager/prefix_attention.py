@@ -7,40 +7,18 @@ from torch import Tensor
 
 from fastprompt._eager import flash, math
 from fastprompt._eager.problem import Problem, build
+from fastprompt.arguments import PrefixAttention
 
 _FEW_QUERIES = 4  # up to here one joint softmax in float32 beats the fused kernel and its merge
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    prefix_bias: Tensor | None,
-    kv_start: Tensor | None,
-    kv_len: Tensor | None,
-    q_start: Tensor | None,
-    plan: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(call: PrefixAttention, plan: Tensor | None, need_lse: bool) -> tuple[Tensor, Tensor]:
     """`out [B, N, Hq, Dv]` and `lse [B, Hq, N]` (`[0]` unless needed)."""
-    pb = build(
-        q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, bias, prefix_bias,
-        kv_start, kv_len, q_start, plan, causal, scale, window, softcap,
-    )  # fmt: skip
+    q, pb = call.q, build(call, plan)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse: Tensor | None
     if q.numel() == 0:
-        out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=lse_dtype)
+        out, lse = q.new_zeros(*q.shape[:3], call.v.shape[3]), q.new_zeros(q.shape[:3], dtype=lse_dtype)
     elif _fused(pb):
         out, lse = flash.forward(pb)
     else:
@@ -52,35 +30,16 @@ def forward(
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    prefix_bias: Tensor | None,
-    kv_start: Tensor | None,
-    kv_len: Tensor | None,
-    q_start: Tensor | None,
-    plan: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    call: PrefixAttention,
+    plan: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, laid out as these; `[0]` where not wanted."""
-    pb = build(
-        q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, bias, prefix_bias,
-        kv_start, kv_len, q_start, plan, causal, scale, window, softcap,
-    )  # fmt: skip
+    q, pb = call.q, build(call, plan)
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    inputs = (q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias)
+    inputs = (*call[:5], call.sinks, call.bias, call.prefix_bias)
     if q.numel() == 0:
         grads: list[Tensor | None] = [None] * len(inputs)
     elif dlse is None and _fused(pb):

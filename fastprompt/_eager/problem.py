@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._eager.groups import Groups
+from fastprompt.arguments import PrefixAttention
 from fastprompt.errors import ArgumentError
 
 INF = float("inf")
@@ -130,39 +131,20 @@ class Problem:
         )
 
 
-def build(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    prefix_bias: Tensor | None,
-    kv_start: Tensor | None,
-    kv_len: Tensor | None,
-    q_start: Tensor | None,
-    plan: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Problem:
+def build(call: PrefixAttention, plan: Tensor | None) -> Problem:
     """Brings index arguments to the host and cuts the own keys to those some row has."""
-    rows, _, queries, _ = q.shape
-    size = k.shape[2]
-    lens = prefix_len.tolist()
-    groups = Groups.build(plan, prefix_start.tolist(), lens, prefix_k.shape[1])
-    if prefix_bias is not None and prefix_bias.shape[3] < groups.width:
+    rows, _, queries, _ = call.q.shape
+    k, v, bias, size = call.k, call.v, call.bias, call.k.shape[2]
+    lens = call.prefix_len.tolist()
+    groups = Groups.build(plan, call.prefix_start.tolist(), lens, call.prefix_k.shape[1])
+    if call.prefix_bias is not None and call.prefix_bias.shape[3] < groups.width:
         raise ArgumentError(
-            f"prefix_bias has {prefix_bias.shape[3]} columns, the longest prefix has {groups.width} tokens; "
+            f"prefix_bias has {call.prefix_bias.shape[3]} columns, the longest prefix has {groups.width} tokens; "
             "give a column for each"
         )
-    offset = [0] * rows if kv_start is None else kv_start.tolist()
-    end = [size] * rows if kv_len is None else [min(n, size) for n in kv_len.tolist()]
-    query = [size - queries] * rows if q_start is None else q_start.tolist()
+    offset = [0] * rows if call.kv_start is None else call.kv_start.tolist()
+    end = [size] * rows if call.kv_len is None else [min(n, size) for n in call.kv_len.tolist()]
+    query = [size - queries] * rows if call.q_start is None else call.q_start.tolist()
     start = [max(s, 0) for s in offset]
     first, last = min(start, default=0), max(end, default=0)
     if last <= first:
@@ -171,7 +153,8 @@ def build(
         k, v = k[:, :, first:last], v[:, :, first:last]
         bias = None if bias is None else bias[..., first:last]
     return Problem(
-        q, k, v, prefix_k, prefix_v, groups, sinks, bias, prefix_bias, first,
+        call.q, k, v, call.prefix_k, call.prefix_v, groups, call.sinks, bias, call.prefix_bias, first,
         [s - first for s in start], [e - first for e in end], [i - first for i in query],
-        [n + first - s for n, s in zip(lens, offset, strict=True)], causal, scale, window, softcap,
+        [n + first - s for n, s in zip(lens, offset, strict=True)],
+        call.causal, call.scale, call.window, call.softcap,
     )  # fmt: skip

@@ -16,39 +16,17 @@ from fastprompt import dispatch
 from fastprompt._eager.groups import Groups
 from fastprompt._eager.problem import Problem, build
 from fastprompt._flash.varlen import Piece, attend
+from fastprompt.arguments import PrefixAttention
 from fastprompt.errors import ImplementationError
 
 _INF = float("inf")
 State = tuple[Tensor, Tensor]  # out [B, N, Hq, D] and lse [B, Hq, N]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    prefix_bias: Tensor | None,
-    kv_start: Tensor | None,
-    kv_len: Tensor | None,
-    q_start: Tensor | None,
-    plan: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    need_lse: bool,
-) -> State:
+def forward(call: PrefixAttention, plan: Tensor | None, need_lse: bool) -> State:
     """`out [B, N, Hq, D]` and `lse [B, Hq, N]` (`[0]` unless needed)."""
-    _refuse(q, v, bias, prefix_bias, window)
-    pb = build(
-        q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, None, None,
-        kv_start, kv_len, q_start, plan, causal, scale, None, softcap,
-    )  # fmt: skip
+    _refuse(call)
+    q, sinks, pb = call.q, call.sinks, build(call, plan)
     rows, heads, queries, dim = q.shape
     state = q.new_zeros(rows, queries, heads, dim), q.new_full((rows, heads, queries), -_INF, dtype=torch.float32)
     if q.numel():
@@ -71,14 +49,14 @@ def _kernels(op: str) -> ModuleType:
     return dispatch.kernels(op, "triton" if dispatch.obstacle(op, "triton") is None else "reference")
 
 
-def _refuse(q: Tensor, v: Tensor, bias: Tensor | None, prefix_bias: Tensor | None, window: int | None) -> None:
-    given = {"bias": bias, "prefix_bias": prefix_bias, "window": window}
-    names = [name for name, x in given.items() if x is not None]
+def _refuse(call: PrefixAttention) -> None:
+    names = [name for name in ("bias", "prefix_bias", "window") if getattr(call, name) is not None]
     if names:
         raise ImplementationError(f"impl 'flash' got {names[0]}, which it does not compute; use impl=None")
-    if v.shape[3] != q.shape[3]:
+    if call.v.shape[3] != call.q.shape[3]:
         raise ImplementationError(
-            f"impl 'flash' got q and v with head sizes {q.shape[3]} and {v.shape[3]}, expected the same; use impl=None"
+            f"impl 'flash' got q and v with head sizes {call.q.shape[3]} and {call.v.shape[3]}, expected the same; "
+            "use impl=None"
         )
 
 

@@ -57,7 +57,8 @@ def index(name: str, x: Tensor | None, want: Sequence[int | None], layout: str, 
         return
     if x.dtype not in _INDICES:
         raise ArgumentError(f"{name} is {x.dtype}, expected int32 (or int64)")
-    shape(name, x, want, layout)
+    if x.shape != want:
+        shape(name, x, want, layout)
     if x.device != like.device:
         raise ArgumentError(f"{name} is on {x.device}, the other tensors are on {like.device}; move it there")
 
@@ -101,8 +102,8 @@ def bias(name: str, x: Tensor | None, q: Tensor, columns: int | None, layout: st
         )
 
 
-def plan(given: BatchPlan | None, rows: int, impl: str) -> Tensor | None:
-    """The packed tensor of a plan with room for the rows, for an implementation that reads it.
+def plan(given: BatchPlan | None, lens: Tensor, impl: str) -> Tensor | None:
+    """The packed tensor of a plan with room for the rows of `lens` `[B]`, for an implementation that reads it.
 
     It lies on the host: kernels that do not look at it would only be kept out of captured graphs by it.
     """
@@ -110,7 +111,7 @@ def plan(given: BatchPlan | None, rows: int, impl: str) -> Tensor | None:
         return None
     if not isinstance(given, BatchPlan):
         raise ArgumentError(f"plan is a {type(given).__name__}, expected a BatchPlan from BatchPlan.build")
-    if given.capacity < rows:
+    if given.capacity < (rows := lens.shape[0]):
         raise ArgumentError(f"plan has room for {given.capacity} rows, the batch has {rows}; build one for this batch")
     return None if impl in ("triton", "cuda") else given.packed
 
@@ -129,4 +130,8 @@ def sharing(given: BatchPlan | None, like: Tensor) -> Tensor | None:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd records a call on these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False

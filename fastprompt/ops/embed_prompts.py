@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprompt import dispatch
+from fastprompt.arguments import EmbedPrompts, schema
 from fastprompt.errors import ArgumentError
 from fastprompt.ops import _checks
-from fastprompt.ops._library import define, differentiate
+from fastprompt.ops._library import define, differentiate, straight, unobserved
 
 
 def embed_prompts(
@@ -46,49 +48,48 @@ def embed_prompts(
     Raises `ArgumentError` for what does not fit and `ImplementationError` for an `impl` that cannot run.
     Source: Lester et al. 2021 (arXiv 2104.08691), section 2; templates as in Liu et al. 2021 (arXiv 2103.10385).
     """
+    if padding_side not in ("left", "right"):
+        raise ArgumentError(f"padding_side is {padding_side!r}, expected 'left' or 'right'")
+    call = EmbedPrompts(
+        input_ids, weight, prompts, prompt_start, prompt_len, positions, text_start, text_len, padding_side == "left",
+        0 if out_len is None else out_len, scale,
+    )  # fmt: skip
+    if out_len is None:
+        _check(call)
+        longest = int(prompt_len.max()) if prompt_len.numel() else 0
+        call = call._replace(out_len=input_ids.shape[1] + longest)
+    chosen = dispatch.choose("embed_prompts", impl, weight.device, weight.dtype, prompts.dtype)
+    if chosen == "cpu" and not _checks.needs_grad(weight, prompts) and unobserved(call[:_TENSORS]):
+        return straight("embed_prompts", chosen, partial(_check, call), call)
+    _check(call)
+    return torch.ops.fastprompt.embed_prompts.default(*call, chosen)
+
+
+def _check(call: EmbedPrompts) -> None:
+    input_ids, weight, prompts = call.input_ids, call.weight, call.prompts
     _checks.shape("input_ids", input_ids, (None, None), "[B, N]")
-    rows, columns = input_ids.shape
+    rows = input_ids.shape[0]
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ArgumentError(f"input_ids is {input_ids.dtype}, expected int64")
     _checks.shape("weight", weight, (None, None), "[V, E]")
     _checks.shape("prompts", prompts, (None, weight.shape[1]), "[T, E]")
     _checks.floating("weight", weight, input_ids)
     _checks.floating("prompts", prompts, input_ids)
-    for name, x in (
-        ("prompt_start", prompt_start),
-        ("prompt_len", prompt_len),
-        ("text_start", text_start),
-        ("text_len", text_len),
-    ):
-        _checks.index(name, x, (rows,), "[B]", input_ids)
-    _checks.index("positions", positions, (rows, None), "[B, P]", input_ids)
-    if padding_side not in ("left", "right"):
-        raise ArgumentError(f"padding_side is {padding_side!r}, expected 'left' or 'right'")
-    if out_len is None:
-        out_len = columns + (int(prompt_len.max()) if rows else 0)
-    return torch.ops.fastprompt.embed_prompts.default(
-        input_ids, weight, prompts, prompt_start, prompt_len, positions, text_start, text_len,
-        padding_side == "left", out_len, scale,
-        dispatch.choose("embed_prompts", impl, weight.device, weight.dtype, prompts.dtype),
-    )  # fmt: skip
-
-
-_ARGUMENTS = (
-    "Tensor input_ids, Tensor weight, Tensor prompts, Tensor prompt_start, Tensor prompt_len, Tensor? positions, "
-    "Tensor? text_start, Tensor? text_len, bool left, SymInt out_len, float? scale"
-)
+    for name in ("prompt_start", "prompt_len", "text_start", "text_len"):
+        _checks.index(name, getattr(call, name), (rows,), "[B]", input_ids)
+    _checks.index("positions", call.positions, (rows, None), "[B, P]", input_ids)
 
 
 def _run(*args: Any) -> Tensor:
-    return dispatch.kernels("embed_prompts", args[-1]).forward(*args[:-1])
+    return dispatch.kernels("embed_prompts", args[-1]).forward(EmbedPrompts._make(args[:-1]))
 
 
 def _fake(input_ids: Tensor, weight: Tensor, *args: Any) -> Tensor:
     return weight.new_empty(input_ids.shape[0], args[-3], weight.shape[1])
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    return dispatch.kernels("embed_prompts", args[-1]).backward(*args[:-1])
+def _run_backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return dispatch.kernels("embed_prompts", args[-1]).backward(dout, EmbedPrompts._make(args[:-2]), args[-2])
 
 
 def _fake_backward(
@@ -102,8 +103,8 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    *ctx.numbers, ctx.impl = inputs[8:]
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    *ctx.numbers, ctx.impl = inputs[_TENSORS:]
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,9 +113,11 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dout, *ctx.saved_tensors, *ctx.numbers, wanted, ctx.impl
     )
     dweight, dprompts = (g if w else None for g, w in zip(grads, wanted, strict=True))
-    return (None, dweight, dprompts, *[None] * 9)
+    return (None, dweight, dprompts, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
+_ARGUMENTS = schema(EmbedPrompts)
+_TENSORS = _ARGUMENTS.count("Tensor")  # which come first
 define(f"embed_prompts({_ARGUMENTS}, str impl) -> Tensor", _run, _fake)
 define(
     f"embed_prompts_backward(Tensor dout, {_ARGUMENTS}, bool[] wanted, str impl) -> (Tensor, Tensor)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fastprompt import dispatch
 from fastprompt.errors import ArgumentError
 from fastprompt.ops import _checks
-from fastprompt.ops._library import define, differentiate
+from fastprompt.ops._library import define, differentiate, straight, unobserved
 
 
 def grouped_linear(
@@ -37,19 +38,26 @@ def grouped_linear(
     Raises `ArgumentError` for what does not fit and `ImplementationError` for an `impl` that cannot run.
     Source: per-task heads as in P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602), section 3.2.
     """
+    tensors = (x, weight, bias, start, length)
+    if max_out is None:
+        _check(*tensors)
+        max_out = int(length.max()) if length.numel() else 0
+    chosen = dispatch.choose("grouped_linear", impl, x.device, x.dtype)
+    if chosen == "cpu" and not _checks.needs_grad(x, weight, bias) and unobserved(tensors):
+        return straight("grouped_linear", chosen, partial(_check, *tensors), *tensors, max_out)
+    _check(*tensors)
+    return torch.ops.fastprompt.grouped_linear.default(*tensors, max_out, chosen)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor, length: Tensor) -> None:
     if x.dim() < 2:
         raise ArgumentError(f"x has shape {list(x.shape)}, expected [B, ..., E]")
     _checks.shape("weight", weight, (None, x.shape[-1]), "[R, E]")
-    _checks.floats({"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias})
     if bias is not None:
         _checks.shape("bias", bias, (weight.shape[0],), "[R]")
+    _checks.floats({"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias})
     _checks.index("start", start, (x.shape[0],), "[B]", x)
     _checks.index("length", length, (x.shape[0],), "[B]", x)
-    if max_out is None:
-        max_out = int(length.max()) if x.shape[0] else 0
-    return torch.ops.fastprompt.grouped_linear.default(
-        x, weight, bias, start, length, max_out, dispatch.choose("grouped_linear", impl, x.device, x.dtype)
-    )
 
 
 def _run(*args: Any) -> Tensor:

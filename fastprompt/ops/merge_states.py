@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fastprompt import dispatch
 from fastprompt.errors import ArgumentError
 from fastprompt.ops import _checks
-from fastprompt.ops._library import define, differentiate
+from fastprompt.ops._library import define, differentiate, straight, unobserved
 
 
 def merge_states(
@@ -30,6 +31,15 @@ def merge_states(
     Raises `ArgumentError` for what does not fit and `ImplementationError` for an `impl` that cannot run.
     Source: Milakov and Gimelshein 2018 (arXiv 1805.02867); FlashAttention, Dao et al. 2022, section 3.1.
     """
+    tensors = (out_a, lse_a, out_b, lse_b)
+    chosen = dispatch.choose("merge_states", impl, out_a.device, out_a.dtype)
+    if chosen == "cpu" and not _checks.needs_grad(*tensors) and unobserved(tensors):
+        return straight("merge_states", chosen, partial(_check, *tensors), *tensors)
+    _check(*tensors)
+    return torch.ops.fastprompt.merge_states.default(*tensors, chosen)
+
+
+def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     _checks.shape("out_a", out_a, (None,) * 4, "[B, N, Hq, Dv]")
     rows, queries, heads, _ = out_a.shape
     _checks.shape("out_b", out_b, out_a.shape, "[B, N, Hq, Dv]")
@@ -41,9 +51,6 @@ def merge_states(
         _checks.floating(name, lse, out_a)
         if lse.dtype != want:
             raise ArgumentError(f"{name} is {lse.dtype}, expected {want} with outs of {out_a.dtype}")
-    return torch.ops.fastprompt.merge_states.default(
-        out_a, lse_a, out_b, lse_b, dispatch.choose("merge_states", impl, out_a.device, out_a.dtype)
-    )
 
 
 _TENSORS = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from fastprompt import costs, dispatch
 from fastprompt._cuda import limits
+from fastprompt.arguments import PagedPrefixAttention, schema
 from fastprompt.errors import ArgumentError
 from fastprompt.ops import _checks
-from fastprompt.ops._library import define
+from fastprompt.ops._library import define, straight, unobserved
 from fastprompt.plan import BatchPlan
 
 
@@ -52,41 +54,33 @@ def paged_prefix_attention(
     cannot run.
     Source: paged caches as in Kwon et al. 2023 (arXiv 2309.06180), section 4.
     """
-    _check(q, k_cache, v_cache, block_table, q_start, kv_len, prefix_k, prefix_v, prefix_start, prefix_len)
-    _checks.sinks(sinks, q.shape[1], q)
     _checks.window(window)
     _checks.positive("softcap", softcap)
+    call = PagedPrefixAttention(
+        q, k_cache, v_cache, block_table, q_start, kv_len, prefix_k, prefix_v, prefix_start, prefix_len, sinks,
+        q.shape[-1] ** -0.5 if scale is None else scale, window, softcap,
+    )  # fmt: skip
     if _checks.needs_grad(q, k_cache, v_cache, prefix_k, prefix_v, sinks):
         raise ArgumentError(
             "paged_prefix_attention has no gradients and an input requires them; call it under torch.no_grad(), "
             "or train with prefix_attention"
         )
     chosen = dispatch.choose("paged_prefix_attention", impl, q.device, q.dtype)
-    if chosen == "cuda":
-        reason = _left_by_cuda(q, k_cache, v_cache, block_table, prefix_k, prefix_v, window, plan, impl)
-        if reason:
+    if chosen == "cpu" and unobserved(call[:_TENSORS]):
+        packed = _checks.plan(plan, kv_len, chosen)
+        out, lse = straight("paged_prefix_attention", chosen, partial(_check, call), call, packed, None, return_lse)
+    else:
+        _check(call)
+        if chosen == "cuda" and (reason := _left_by_cuda(call, plan, impl)):
             chosen = dispatch.choose_behind("paged_prefix_attention", "cuda", reason, impl, q.device, q.dtype)
-    chosen = dispatch.fitting_heads("paged_prefix_attention", impl, chosen, q.shape[2], v_cache.shape[3])
-    out, lse = torch.ops.fastprompt.paged_prefix_attention.default(
-        q, k_cache, v_cache, block_table, q_start, kv_len, prefix_k, prefix_v, prefix_start, prefix_len, sinks,
-        _checks.plan(plan, kv_len.shape[0], chosen), _checks.sharing(plan, q),
-        q.shape[2] ** -0.5 if scale is None else scale, window, softcap, return_lse, chosen,
-    )  # fmt: skip
+        chosen = dispatch.fitting_heads("paged_prefix_attention", impl, chosen, q, v_cache)
+        packed, sharing = _checks.plan(plan, kv_len, chosen), _checks.sharing(plan, q)
+        out, lse = torch.ops.fastprompt.paged_prefix_attention.default(*call, packed, sharing, return_lse, chosen)
     return (out, lse) if return_lse else out
 
 
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    q_start: Tensor,
-    kv_len: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-) -> None:
+def _check(call: PagedPrefixAttention) -> None:
+    q, k_cache, v_cache, prefix_k, prefix_v = call.q, call.k_cache, call.v_cache, call.prefix_k, call.prefix_v
     _checks.shape("q", q, (None,) * 3, "[tokens, Hq, D]")
     _checks.shape("k_cache", k_cache, (None, None, None, q.shape[2]), "[blocks, block_size, Hkv, D]")
     blocks, size, kv_heads, dim = k_cache.shape
@@ -95,40 +89,31 @@ def _check(
     _checks.shape("prefix_v", prefix_v, (kv_heads, prefix_k.shape[1], v_cache.shape[3]), "[Hkv, T, Dv]")
     _checks.heads(q.shape[1], kv_heads)
     _checks.floats({"q": q, "k_cache": k_cache, "v_cache": v_cache, "prefix_k": prefix_k, "prefix_v": prefix_v})
-    _checks.index("kv_len", kv_len, (None,), "[B]", q)
-    rows = kv_len.shape[0]
-    _checks.index("q_start", q_start, (rows + 1,), "[B + 1]", q)
-    _checks.index("block_table", block_table, (rows, None), "[B, max_blocks]", q)
-    _checks.index("prefix_start", prefix_start, (rows,), "[B]", q)
-    _checks.index("prefix_len", prefix_len, (rows,), "[B]", q)
+    _checks.index("kv_len", call.kv_len, (None,), "[B]", q)
+    rows = call.kv_len.shape[0]
+    _checks.index("q_start", call.q_start, (rows + 1,), "[B + 1]", q)
+    _checks.index("block_table", call.block_table, (rows, None), "[B, max_blocks]", q)
+    _checks.index("prefix_start", call.prefix_start, (rows,), "[B]", q)
+    _checks.index("prefix_len", call.prefix_len, (rows,), "[B]", q)
+    _checks.sinks(call.sinks, q.shape[1], q)
 
 
-def _left_by_cuda(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    window: int | None,
-    plan: BatchPlan | None,
-    impl: str | None,
-) -> str | None:
+def _left_by_cuda(call: PagedPrefixAttention, plan: BatchPlan | None, impl: str | None) -> str | None:
     """Why a call is not for the CUDA kernel, or None: it does not take it or, unless asked for, another costs less."""
-    rows = block_table.shape[0]
-    problem = limits.problem(q, k_cache, v_cache, prefix_k, prefix_v, rows, plan)
+    problem = limits.problem(call, plan)
     if problem or plan is None or plan.decoding is None or dispatch.asked(impl) or torch.compiler.is_compiling():
         return problem
-    (_, heads, dim), (_, size, kv_heads, _) = q.shape, k_cache.shape
-    prompts, tokens = plan.decoding
+    (_, heads, dim), (_, size, kv_heads, _) = call.q.shape, call.k_cache.shape
+    (rows, blocks), (prompts, tokens) = call.block_table.shape, plan.decoding
     shape = costs.Decode(
-        rows, max(prompts, 1), tokens // max(prompts, 1), block_table.shape[1] * size, heads, kv_heads, dim, q.itemsize
+        rows, max(prompts, 1), tokens // max(prompts, 1), blocks * size, heads, kv_heads, dim, call.q.itemsize
     )
-    return costs.cheaper_than_cuda(costs.table(q.device), shape, plan.sharing is not None and window is None)
+    return costs.cheaper_than_cuda(costs.table(call.q.device), shape, plan.sharing is not None and call.window is None)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
-    return dispatch.kernels("paged_prefix_attention", args[-1]).forward(*args[:-1])
+    kernels = dispatch.kernels("paged_prefix_attention", args[-1])
+    return kernels.forward(PagedPrefixAttention._make(args[:-4]), *args[-4:-1])
 
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -138,11 +123,10 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tens
     return q.new_empty(tokens, heads, v_cache.shape[3]), q.new_empty(lse, dtype=dtype)
 
 
+_ARGUMENTS = schema(PagedPrefixAttention)
+_TENSORS = _ARGUMENTS.count("Tensor")  # which come first
 define(
-    "paged_prefix_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor q_start, "
-    "Tensor kv_len, Tensor prefix_k, Tensor prefix_v, Tensor prefix_start, Tensor prefix_len, Tensor? sinks, "
-    "Tensor? plan, Tensor? sharing, float scale, SymInt? window, float? softcap, bool need_lse, str impl) "
-    "-> (Tensor, Tensor)",
+    f"paged_prefix_attention({_ARGUMENTS}, Tensor? plan, Tensor? sharing, bool need_lse, str impl) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

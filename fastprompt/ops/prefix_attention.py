@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprompt import dispatch
+from fastprompt.arguments import PrefixAttention, schema
 from fastprompt.ops import _checks
-from fastprompt.ops._library import define, differentiate, unobserved
+from fastprompt.ops._library import define, differentiate, straight, unobserved
 from fastprompt.plan import BatchPlan
 
 
@@ -65,77 +67,48 @@ def prefix_attention(
     """
     _checks.window(window)
     _checks.positive("softcap", softcap)
-    chosen = dispatch.choose_for_heads("prefix_attention", impl, q.device, q.dtype, q.shape[-1], *v.shape[-1:])
-    tensors = (
+    call = PrefixAttention(
         q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, bias, prefix_bias, kv_start, kv_len, q_start,
+        causal, q.shape[-1] ** -0.5 if scale is None else scale, window, softcap,
     )  # fmt: skip
+    chosen = dispatch.choose("prefix_attention", impl, q.device, q.dtype)
+    chosen = dispatch.fitting_heads("prefix_attention", impl, chosen, q, v)
     need_grad = _checks.needs_grad(q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias)
-    straight = chosen == "cpu" and not need_grad and unobserved(*tensors)
-    if not straight:
-        _check(*tensors)
-    args = (
-        *tensors, _checks.plan(plan, q.shape[0], chosen), causal, q.shape[-1] ** -0.5 if scale is None else scale,
-        window, softcap, need_grad or return_lse,
-    )  # fmt: skip
-    if not straight:
-        out, lse = torch.ops.fastprompt.prefix_attention.default(*args, chosen)
-        return (out, lse) if return_lse else out
-    try:
-        out, lse = dispatch.kernels("prefix_attention", chosen).forward(*args)
-    except Exception:  # the kernel checks too, in far less time; these checks name the argument
-        _check(*tensors)
-        raise
+    if chosen == "cpu" and not need_grad and unobserved(call[:_TENSORS]):
+        packed = _checks.plan(plan, prefix_len, chosen)
+        out, lse = straight("prefix_attention", chosen, partial(_check, call), call, packed, return_lse)
+    else:
+        _check(call)
+        packed = _checks.plan(plan, prefix_len, chosen)
+        out, lse = torch.ops.fastprompt.prefix_attention.default(*call, packed, need_grad or return_lse, chosen)
     return (out, lse) if return_lse else out
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    prefix_bias: Tensor | None,
-    kv_start: Tensor | None,
-    kv_len: Tensor | None,
-    q_start: Tensor | None,
-) -> None:
+def _check(call: PrefixAttention) -> None:
+    q, k, v = call.q, call.k, call.v
     _checks.shape("q", q, (None,) * 4, "[B, Hq, N, D]")
     rows, heads, _, dim = q.shape
     _checks.shape("k", k, (rows, None, None, dim), "[B, Hkv, S, D]")
     _, kv_heads, size, _ = k.shape
     _checks.shape("v", v, (rows, kv_heads, size, None), "[B, Hkv, S, Dv]")
-    _checks.shape("prefix_k", prefix_k, (kv_heads, None, dim), "[Hkv, T, D]")
-    _checks.shape("prefix_v", prefix_v, (kv_heads, prefix_k.shape[1], v.shape[3]), "[Hkv, T, Dv]")
+    _checks.shape("prefix_k", call.prefix_k, (kv_heads, None, dim), "[Hkv, T, D]")
+    _checks.shape("prefix_v", call.prefix_v, (kv_heads, call.prefix_k.shape[1], v.shape[3]), "[Hkv, T, Dv]")
     _checks.heads(heads, kv_heads)
-    _checks.floats({"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v})
-    for name, x in (
-        ("prefix_start", prefix_start),
-        ("prefix_len", prefix_len),
-        ("kv_start", kv_start),
-        ("kv_len", kv_len),
-        ("q_start", q_start),
-    ):
-        _checks.index(name, x, (rows,), "[B]", q)
-    _checks.sinks(sinks, heads, q)
-    _checks.bias("bias", bias, q, size, "[B|1, Hq|1, N|1, S]")
-    _checks.bias("prefix_bias", prefix_bias, q, None, "[B|1, Hq|1, N|1, P]")
+    _checks.floats({"q": q, "k": k, "v": v, "prefix_k": call.prefix_k, "prefix_v": call.prefix_v})
+    for name in ("prefix_start", "prefix_len", "kv_start", "kv_len", "q_start"):
+        _checks.index(name, getattr(call, name), (rows,), "[B]", q)
+    _checks.sinks(call.sinks, heads, q)
+    _checks.bias("bias", call.bias, q, size, "[B|1, Hq|1, N|1, S]")
+    _checks.bias("prefix_bias", call.prefix_bias, q, None, "[B|1, Hq|1, N|1, P]")
 
 
-_TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor prefix_start, Tensor prefix_len, "
-    "Tensor? sinks, Tensor? bias, Tensor? prefix_bias, Tensor? kv_start, Tensor? kv_len, Tensor? q_start, Tensor? plan"
-)
-_NUMBERS = "bool causal, float scale, SymInt? window, float? softcap"
-_INPUTS = (0, 1, 2, 3, 4, 7, 8, 9)  # which of _TENSORS have gradients
-_COUNT = 14  # tensors in _TENSORS
+_ARGUMENTS = schema(PrefixAttention)
+_TENSORS = _ARGUMENTS.count("Tensor")  # which come first
+_INPUTS = (0, 1, 2, 3, 4, 7, 8, 9)  # which of them have gradients
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
-    return dispatch.kernels("prefix_attention", args[-1]).forward(*args[:-1])
+    return dispatch.kernels("prefix_attention", args[-1]).forward(PrefixAttention._make(args[:-3]), *args[-3:-1])
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -145,11 +118,12 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(rows, queries, heads, v.shape[3]), q.new_empty(lse, dtype=_lse_dtype(q))
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    return dispatch.kernels("prefix_attention", args[-1]).backward(*args[:-1])
+def _run_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    kernels = dispatch.kernels("prefix_attention", args[-1])
+    return kernels.backward(dout, dlse, out, lse, PrefixAttention._make(args[:-3]), *args[-3:-1])
 
 
-def _fake_backward(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, wanted = [args[i] for i in _INPUTS], args[-2]
     return tuple(
         torch.empty_like(x) if w and x is not None else dout.new_empty(0) for x, w in zip(inputs, wanted, strict=True)
@@ -157,20 +131,20 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tenso
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *ctx.numbers, plan, _, ctx.impl = inputs[_TENSORS:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_COUNT], *output)
-    *ctx.numbers, ctx.need_lse, ctx.impl = inputs[_COUNT:]
+    ctx.save_for_backward(*output, plan, *inputs[:_TENSORS])
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+    out, lse, plan, *tensors = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in _INPUTS]
-    grads: list[Tensor | None] = [None] * (_COUNT + len(ctx.numbers) + 2)
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if dout is None and dlse is None:
         return tuple(grads)
     dout = torch.zeros_like(out) if dout is None else dout
     results = torch.ops.fastprompt.prefix_attention_backward.default(
-        dout, dlse, *tensors, out, lse, *ctx.numbers, wanted, ctx.impl
+        dout, dlse, out, lse, *tensors, *ctx.numbers, plan, wanted, ctx.impl
     )
     for i, want, grad in zip(_INPUTS, wanted, results, strict=True):
         grads[i] = grad if want else None
@@ -181,13 +155,9 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+define(f"prefix_attention({_ARGUMENTS}, Tensor? plan, bool need_lse, str impl) -> (Tensor, Tensor)", _run, _fake)
 define(
-    f"prefix_attention({_TENSORS}, {_NUMBERS}, bool need_lse, str impl) -> (Tensor, Tensor)",
-    _run,
-    _fake,
-)
-define(
-    f"prefix_attention_backward(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, {_NUMBERS}, "
+    f"prefix_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}, Tensor? plan, "
     "bool[] wanted, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,

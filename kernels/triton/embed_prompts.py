@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprompt._triton import tiles
-from fastprompt._triton.launch import index, launch, placed, rows_contiguous
+from fastprompt._triton.launch import dense, launch, placed, rows_contiguous
+from fastprompt.arguments import EmbedPrompts
 
 _TOKENS = 16  # of a tile
 _WIDTH = 128  # most numbers of a token in a tile
@@ -134,72 +135,48 @@ def embed_prompts_bwd_prompts_kernel(
     tl.store(at_token, total.to(dprompts.dtype.element_ty), mask=(token < tokens)[:, None] & (e < size)[None, :])
 
 
-def forward(
-    input_ids: Tensor,
-    weight: Tensor,
-    prompts: Tensor,
-    prompt_start: Tensor,
-    prompt_len: Tensor,
-    positions: Tensor | None,
-    text_start: Tensor | None,
-    text_len: Tensor | None,
-    left: bool,
-    out_len: int,
-    scale: float | None,
-) -> Tensor:
+def forward(call: EmbedPrompts) -> Tensor:
     """`[B, out_len, E]`."""
-    rows, columns = input_ids.shape
-    size = weight.shape[1]
-    out = weight.new_empty(rows, out_len, size)
-    weight, prompts, positions = rows_contiguous(weight), rows_contiguous(prompts), index(positions)
+    (rows, columns), (vocabulary, size), out_len = call.input_ids.shape, call.weight.shape, call.out_len
+    out = call.weight.new_empty(rows, out_len, size)
+    weight, prompts = rows_contiguous(call.weight), rows_contiguous(call.prompts)
     launch(
         embed_prompts_fwd_kernel, rows * -(-out_len // _TOKENS) * -(-size // _WIDTH), out, _TILES,
-        input_ids, weight, prompts, out, index(prompt_start), index(prompt_len), positions, index(text_start),
-        index(text_len), input_ids.stride(), weight.stride(0), prompts.stride(0), _width(positions), scale,
-        prompts.shape[0], columns, out_len, weight.shape[0], size, LEFT=left,
-        PLACES=_places(positions), BLOCK_TOKENS=_TOKENS, BLOCK_WIDTH=_WIDTH,
+        call.input_ids, weight, prompts, out, *_extents(call), call.input_ids.stride(), weight.stride(0),
+        prompts.stride(0), _width(call), call.scale, prompts.shape[0], columns, out_len, vocabulary, size,
+        LEFT=call.left, PLACES=_places(call), BLOCK_TOKENS=_TOKENS, BLOCK_WIDTH=_WIDTH,
     )  # fmt: skip
     return out
 
 
-def backward(
-    dout: Tensor,
-    input_ids: Tensor,
-    weight: Tensor,
-    prompts: Tensor,
-    prompt_start: Tensor,
-    prompt_len: Tensor,
-    positions: Tensor | None,
-    text_start: Tensor | None,
-    text_len: Tensor | None,
-    left: bool,
-    out_len: int,
-    scale: float | None,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
+def backward(dout: Tensor, call: EmbedPrompts, wanted: list[bool]) -> tuple[Tensor, Tensor]:
     """Gradients of `weight` and `prompts`; `[0]` where not wanted."""
-    rows, columns = input_ids.shape
-    dout, positions = rows_contiguous(dout), index(positions)
-    extents = (index(prompt_start), index(prompt_len), positions, index(text_start), index(text_len))
+    (rows, columns), out_len, prompts = call.input_ids.shape, call.out_len, call.prompts
+    dout, extents = rows_contiguous(dout), _extents(call)
     dweight, dprompts = dout.new_empty(0), dout.new_empty(0)
     if wanted[0]:
-        ids = input_ids.new_empty(rows, out_len, dtype=torch.int64)
+        ids = call.input_ids.new_empty(rows, out_len, dtype=torch.int64)
         launch(
-            embed_prompts_ids_kernel, rows * -(-out_len // _TOKENS), dout, _TILES, input_ids, ids, *extents,
-            input_ids.stride(), _width(positions), prompts.shape[0], columns, out_len, weight.shape[0],
-            LEFT=left, PLACES=_places(positions), BLOCK_TOKENS=_TOKENS,
+            embed_prompts_ids_kernel, rows * -(-out_len // _TOKENS), dout, _TILES, call.input_ids, ids, *extents,
+            call.input_ids.stride(), _width(call), prompts.shape[0], columns, out_len, call.weight.shape[0],
+            LEFT=call.left, PLACES=_places(call), BLOCK_TOKENS=_TOKENS,
         )  # fmt: skip
-        dweight = _sum_by_id(dout, ids.flatten(), weight, scale)
+        dweight = _sum_by_id(dout, ids.flatten(), call.weight, call.scale)
     if wanted[1]:
         total = prompts.new_empty(prompts.shape)
         size = prompts.shape[1]
         launch(
             embed_prompts_bwd_prompts_kernel, -(-prompts.shape[0] // _TOKENS) * -(-size // _WIDTH), dout, _TILES,
-            dout, total, *extents, dout.stride()[:2], _width(positions), rows, prompts.shape[0], columns, out_len,
-            size, LEFT=left, BLOCK_TOKENS=_TOKENS, BLOCK_WIDTH=_WIDTH,
+            dout, total, *extents, dout.stride()[:2], _width(call), rows, prompts.shape[0], columns, out_len,
+            size, LEFT=call.left, BLOCK_TOKENS=_TOKENS, BLOCK_WIDTH=_WIDTH,
         )  # fmt: skip
         dprompts = placed(total, prompts)
     return dweight, dprompts
+
+
+def _extents(call: EmbedPrompts) -> tuple[Tensor | None, ...]:
+    """Where a row's virtual tokens and its text come from, and where the former go."""
+    return tuple(map(dense, (call.prompt_start, call.prompt_len, call.positions, call.text_start, call.text_len)))
 
 
 _TILES = tiles.Tiles(_TOKENS, _WIDTH, 4, 1)
@@ -215,10 +192,10 @@ def _sum_by_id(dout: Tensor, ids: Tensor, weight: Tensor, scale: float | None) -
     return torch.empty_like(weight).copy_(total)
 
 
-def _width(positions: Tensor | None) -> int:
-    return 0 if positions is None else positions.shape[1]
+def _width(call: EmbedPrompts) -> int:
+    return 0 if call.positions is None else call.positions.shape[1]
 
 
-def _places(positions: Tensor | None) -> int:
+def _places(call: EmbedPrompts) -> int:
     """Block of a row's positions."""
-    return tiles.block(max(_width(positions), 1))
+    return tiles.block(max(_width(call), 1))

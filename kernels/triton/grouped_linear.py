@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprompt._triton import tiles
-from fastprompt._triton.launch import index, launch, placed, rows_contiguous
+from fastprompt._triton.launch import dense, launch, placed, rows_contiguous
 
 _BLOCKS = {2: tiles.Tiles(32, 64, 4, 2), 4: tiles.Tiles(16, 32, 4, 1)}  # by bytes of a number
 _DEPTH = 32  # of a step of a product
@@ -114,7 +114,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor, lengt
     tile = _BLOCKS[x.dtype.itemsize]
     programs = x.shape[0] * -(-rows.shape[1] // tile.rows) * -(-max_out // tile.keys)
     launch(
-        grouped_linear_fwd_kernel, programs, x, tile, rows, weight, bias, index(start), index(length),
+        grouped_linear_fwd_kernel, programs, x, tile, rows, weight, bias, dense(start), dense(length),
         out, rows.stride()[:2], weight.stride(0), 0 if bias is None else bias.stride(0), weight.shape[0],
         rows.shape[1], max_out, x.shape[-1], **_blocks(tile),
     )  # fmt: skip
@@ -133,7 +133,7 @@ def backward(
     """Gradients of x, weight and bias; `[0]` where not wanted."""
     slopes, rows, weight_rows = _tokens(rows_contiguous(dout)), _tokens(x), rows_contiguous(weight)
     tile = _BLOCKS[x.dtype.itemsize]
-    extents, sizes = (index(start), index(length)), (rows.shape[1], dout.shape[-1], x.shape[-1])
+    extents, sizes = (dense(start), dense(length)), (rows.shape[1], dout.shape[-1], x.shape[-1])
     parts = max(1, -(-x.shape[-1] // tile.keys))
     dx = x.new_empty(x.shape) if wanted[0] else None
     dweight = weight.new_empty(weight.shape) if wanted[1] else None

@@ -68,8 +68,8 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
 
 
-def index(x: Tensor | None) -> Tensor | None:
-    """An index tensor as kernels read it."""
+def dense(x: Tensor | None) -> Tensor | None:
+    """Indices or sinks as kernels read them, one behind the other."""
     return None if x is None else x.contiguous()
 
 

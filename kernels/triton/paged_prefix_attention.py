@@ -12,39 +12,26 @@ from torch import Tensor
 
 from fastprompt import costs
 from fastprompt._triton import tiles
-from fastprompt._triton.launch import index, launch
+from fastprompt._triton.launch import dense, launch
 from fastprompt._triton.paged_prefix_attention_forward import (
     paged_prefix_attention_fwd_kernel,
     paged_prefix_attention_merge_kernel,
 )
 from fastprompt._triton.prefix_attention import FAR
+from fastprompt.arguments import PagedPrefixAttention
 from fastprompt.plan import SHARERS, sharing_capacity
 
 _OWN_PART, _PREFIX_PART = costs.OWN_PART["triton"], costs.PREFIX_PART
 
 
 def forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    q_start: Tensor,
-    kv_len: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
-    plan: Tensor | None,
-    sharing: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    need_lse: bool,
+    call: PagedPrefixAttention, plan: Tensor | None, sharing: Tensor | None, need_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """`out [tokens, Hq, Dv]` and `lse [Hq, tokens]` (`[0]` unless needed)."""
+    q, k_cache, v_cache, prefix_k, prefix_v = call.q, call.k_cache, call.v_cache, call.prefix_k, call.prefix_v
+    window, table, starts = call.window, call.block_table.contiguous(), call.q_start.contiguous()
     (tokens, heads, dim), (_, size, kv_heads, dim_v) = q.shape, v_cache.shape
-    rows, group = kv_len.shape[0], heads // kv_heads
+    rows, group = call.kv_len.shape[0], heads // kv_heads
     out = q.new_empty(tokens, heads, dim_v)
     lse = q.new_empty((heads, tokens) if need_lse else (0,), dtype=torch.float32)
     if tokens == 0:
@@ -53,18 +40,17 @@ def forward(
     blocks = tiles.block(dim), tiles.block(dim_v)
     tile = tiles.forward(max(blocks), q.dtype, -(-tokens // max(rows, 1)) * group)
     programs = (tokens * group // tile.rows + rows) * kv_heads  # a bound: rows may end within a tile
-    keys = block_table.shape[1] * size + prefix_k.shape[1]
+    keys = table.shape[1] * size + prefix_k.shape[1]
     parts = costs.parts(programs, keys, _OWN_PART)
     shared, tile = Shared.build(None if window is not None else sharing, prefix_k, group, max(blocks), tile)
     state, logs = _room(out, parts + shared.parts) if parts > 1 or shared.parts else (None, None)
-    starts = index(q_start)
     launch(
         paged_prefix_attention_fwd_kernel, shared.programs + programs * parts, q, tile, q, k_cache, v_cache,
-        index(block_table), starts, index(kv_len), prefix_k, prefix_v, index(prefix_start), index(prefix_len), sinks,
-        shared.tile_of_row, shared.tiles, out, log, state, logs, q.stride()[:2], k_cache.stride()[:3],
-        v_cache.stride()[:3], block_table.shape[1], prefix_k.stride()[:2], prefix_v.stride()[:2], rows,
-        prefix_k.shape[1], size, tokens, scale, softcap, None if window is None else min(window, FAR), kv_heads, parts,
-        _OWN_PART, shared.parts, _PREFIX_PART, shared.programs,
+        table, starts, dense(call.kv_len), prefix_k, prefix_v, dense(call.prefix_start), dense(call.prefix_len),
+        dense(call.sinks), shared.tile_of_row, shared.tiles, out, log, state, logs, q.stride()[:2],
+        k_cache.stride()[:3], v_cache.stride()[:3], table.shape[1], prefix_k.stride()[:2], prefix_v.stride()[:2], rows,
+        prefix_k.shape[1], size, tokens, call.scale, call.softcap, None if window is None else min(window, FAR),
+        kv_heads, parts, _OWN_PART, shared.parts, _PREFIX_PART, shared.programs,
         SHARERS=SHARERS, GROUP=group, DIM=dim, DIM_V=dim_v, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
         BLOCK_ROWS=tile.rows, BLOCK_SHARED=shared.rows, BLOCK_KEYS=tile.keys, BLOCK_BATCH=tiles.block(rows),
         PRECISION="ieee",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastprompt._eager import prefix_attention as eager
 from fastprompt._triton import tiles
-from fastprompt._triton.launch import index, launch, placed, rows_contiguous, target
+from fastprompt._triton.launch import dense, launch, placed, rows_contiguous, target
 from fastprompt._triton.prefix_attention_backward_keys import (
     prefix_attention_bwd_own_kernel,
     prefix_attention_bwd_prefix_kernel,
@@ -20,45 +20,27 @@ from fastprompt._triton.prefix_attention_backward_queries import (
     prefix_attention_bwd_queries_kernel,
 )
 from fastprompt._triton.prefix_attention_forward import prefix_attention_fwd_kernel
+from fastprompt.arguments import PrefixAttention
 
 _LARGEST_SINGLE = 128  # in float32, for gradients: larger tiles find no room in registers, and are left to torch
 FAR = 2**30  # a window no sequence reaches
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    prefix_bias: Tensor | None,
-    kv_start: Tensor | None,
-    kv_len: Tensor | None,
-    q_start: Tensor | None,
-    plan: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(call: PrefixAttention, plan: Tensor | None, need_lse: bool) -> tuple[Tensor, Tensor]:
     """`out [B, N, Hq, Dv]` and `lse [B, Hq, N]` (`[0]` unless needed)."""
+    q, k = call.q, call.k
     rows, heads, queries, _ = q.shape
-    out = q.new_empty(rows, queries, heads, v.shape[3])
+    out = q.new_empty(rows, queries, heads, call.v.shape[3])
     lse = q.new_empty((rows, heads, queries) if need_lse else (0,), dtype=torch.float32)
     if out.numel() == 0 and not need_lse:
         return out, lse
-    indices = tuple(map(index, (prefix_start, prefix_len, kv_start, kv_len, q_start)))
-    call = Call.build(q, k, v, prefix_k, prefix_v, indices, sinks, bias, prefix_bias, causal, scale, window, softcap)
-    tile = tiles.forward(call.dim, q.dtype, queries * call.meta["GROUP"], call.rich)
+    given = Given.build(call)
+    group = given.meta["GROUP"]
+    tile = tiles.forward(given.dim, q.dtype, queries * group, given.rich)
     launch(
-        prefix_attention_fwd_kernel, rows * k.shape[1] * -(-queries * call.meta["GROUP"] // tile.rows), q, tile,
-        *call.inputs, out, lse if need_lse else None, *call.indices, sinks, *call.numbers,
-        BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, **call.meta,
+        prefix_attention_fwd_kernel, rows * k.shape[1] * -(-queries * group // tile.rows), q, tile,
+        *given.inputs, out, lse if need_lse else None, *given.indices, dense(call.sinks), *given.numbers,
+        BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, **given.meta,
     )  # fmt: skip
     return out, lse
 
@@ -66,69 +48,51 @@ def forward(
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_start: Tensor,
-    prefix_len: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    prefix_bias: Tensor | None,
-    kv_start: Tensor | None,
-    kv_len: Tensor | None,
-    q_start: Tensor | None,
-    plan: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    call: PrefixAttention,
+    plan: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, laid out as these; `[0]` where not wanted."""
+    q, k, v, sinks, biases = call.q, call.k, call.v, call.sinks, (call.bias, call.prefix_bias)
     if q.dtype == torch.float32 and max(q.shape[3], v.shape[3]) > _LARGEST_SINGLE:
-        return eager.backward(
-            dout, dlse, q, k, v, prefix_k, prefix_v, prefix_start, prefix_len, sinks, bias, prefix_bias, kv_start,
-            kv_len, q_start, plan, out, lse, causal, scale, window, softcap, wanted,
-        )  # fmt: skip
-    indices = tuple(map(index, (prefix_start, prefix_len, kv_start, kv_len, q_start)))
-    call = Call.build(q, k, v, prefix_k, prefix_v, indices, sinks, bias, prefix_bias, causal, scale, window, softcap)
+        return eager.backward(dout, dlse, out, lse, call, plan, wanted)
+    given = Given.build(call)
     dout = rows_contiguous(dout)
     delta = _delta(dout, dlse, out, lse)
-    given = (*call.inputs, dout, lse, delta)
+    tensors = (*given.inputs, dout, lse, delta)
     dq, dk, dv = (target(x, w) for x, w in zip((q, k, v), wanted, strict=False))
     slopes = [  # a bias is broadcast over logits: its gradient is a sum of theirs
         None if b is None or not w else q.new_zeros(*q.shape[:3], b.shape[3], dtype=torch.float32)
-        for b, w in zip((bias, prefix_bias), wanted[6:], strict=True)
+        for b, w in zip(biases, wanted[6:], strict=True)
     ]
     if dq is not None or any(s is not None for s in slopes):
-        tile = tiles.backward_queries(call.dim, q.dtype, call.rich)
+        tile = tiles.backward_queries(given.dim, q.dtype, given.rich)
         launch(
             prefix_attention_bwd_queries_kernel,
-            q.shape[0] * k.shape[1] * -(-q.shape[2] * call.meta["GROUP"] // tile.rows), q, tile, *given, dq, *slopes,
-            *indices, _steps(dout), _steps(dq), *call.numbers, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, **call.meta,
+            q.shape[0] * k.shape[1] * -(-q.shape[2] * given.meta["GROUP"] // tile.rows), q, tile, *tensors, dq, *slopes,
+            *given.indices, _steps(dout), _steps(dq), *given.numbers, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
+            **given.meta,
         )  # fmt: skip
-    tile = tiles.backward_keys(call.dim, q.dtype, call.rich)
+    tile = tiles.backward_keys(given.dim, q.dtype, given.rich)
     if dk is not None or dv is not None:
         launch(
-            prefix_attention_bwd_own_kernel, q.shape[0] * k.shape[1] * -(-k.shape[2] // tile.keys), q, tile, *given,
-            dk, dv, *indices, _steps(dout), _steps(dk), _steps(dv), *call.numbers, BLOCK_ROWS=tile.rows,
-            BLOCK_KEYS=tile.keys, **call.meta,
+            prefix_attention_bwd_own_kernel, q.shape[0] * k.shape[1] * -(-k.shape[2] // tile.keys), q, tile, *tensors,
+            dk, dv, *given.indices, _steps(dout), _steps(dk), _steps(dv), *given.numbers, BLOCK_ROWS=tile.rows,
+            BLOCK_KEYS=tile.keys, **given.meta,
         )  # fmt: skip
-    inputs, rooms = (q, k, v, prefix_k, prefix_v), (dq, dk, dv, *_prefix_gradients(call, given, tile, wanted[3:5]))
+    rooms = (dq, dk, dv, *_prefix_gradients(given, tensors, tile, wanted[3:5]))
     none = q.new_empty(0)
     return (
-        *(none if room is None else placed(room, x) for room, x in zip(rooms, inputs, strict=True)),
+        *(none if room is None else placed(room, x) for room, x in zip(rooms, given.inputs, strict=True)),
         none if sinks is None or not wanted[5] else _sinks(sinks, lse, delta),
-        *(none if s is None else _like(b, s) for b, s in zip((bias, prefix_bias), slopes, strict=True)),
+        *(none if s is None else _like(b, s) for b, s in zip(biases, slopes, strict=True)),
     )
 
 
 @dataclass(frozen=True)
-class Call:
+class Given:
     """What all kernels of a call are given, in their order of parameters."""
 
     inputs: tuple[Tensor, ...]
@@ -148,37 +112,23 @@ class Call:
         return any(x is not None for x in (bias, prefix_bias, softcap, window))
 
     @classmethod
-    def build(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prefix_k: Tensor,
-        prefix_v: Tensor,
-        indices: tuple[Tensor | None, ...],
-        sinks: Tensor | None,
-        bias: Tensor | None,
-        prefix_bias: Tensor | None,
-        causal: bool,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Call:
-        inputs = (q, k, v, prefix_k, prefix_v)
+    def build(cls, call: PrefixAttention) -> Given:
+        q, k, v, prefix_k, bias, prefix_bias = *call[:4], call.bias, call.prefix_bias
+        indices = (call.prefix_start, call.prefix_len, call.kv_start, call.kv_len, call.q_start)
         dims = {"DIM": q.shape[3], "DIM_V": v.shape[3]}
         numbers = (
-            bias, prefix_bias, *(x.stride()[:-1] for x in inputs), _broadcast(bias), _broadcast(prefix_bias),
-            prefix_k.shape[1], k.shape[2], q.shape[2], 0 if prefix_bias is None else prefix_bias.shape[3], scale,
-            softcap, None if window is None else min(window, FAR), k.shape[1],
+            bias, prefix_bias, *(x.stride()[:-1] for x in call[:5]), _broadcast(bias), _broadcast(prefix_bias),
+            prefix_k.shape[1], k.shape[2], q.shape[2], 0 if prefix_bias is None else prefix_bias.shape[3],
+            call.scale, call.softcap, None if call.window is None else min(call.window, FAR), k.shape[1],
         )  # fmt: skip
         meta = dims | {
             "GROUP": q.shape[1] // k.shape[1],
             "BLOCK_D": tiles.block(q.shape[3]),
             "BLOCK_DV": tiles.block(v.shape[3]),
-            "CAUSAL": causal,
+            "CAUSAL": call.causal,
             "PRECISION": "ieee",
         }
-        return cls(inputs, indices, numbers, meta)
+        return cls(call[:5], tuple(map(dense, indices)), numbers, meta)
 
 
 def _broadcast(bias: Tensor | None) -> tuple[int, ...]:
@@ -202,10 +152,10 @@ def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tenso
 
 
 def _prefix_gradients(
-    call: Call, given: tuple[Tensor, ...], tile: tiles.Tiles, wanted: list[bool]
+    given: Given, tensors: tuple[Tensor, ...], tile: tiles.Tiles, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the arena: written at once, or in float32 a part of the batch, and the parts summed in order."""
-    q, arenas = given[0], given[3:5]
+    q, arenas = tensors[0], tensors[3:5]
     if not any(wanted):
         return None, None
     kv_heads, tokens, _ = arenas[0].shape
@@ -221,9 +171,9 @@ def _prefix_gradients(
         ]
         steps = [_steps(room) for room in rooms]
     launch(
-        prefix_attention_bwd_prefix_kernel, programs * splits, q, tile, *given, *rooms, *call.indices,
-        _steps(given[5]), *steps, q.shape[0], splits, *call.numbers, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
-        **call.meta,
+        prefix_attention_bwd_prefix_kernel, programs * splits, q, tile, *tensors, *rooms, *given.indices,
+        _steps(tensors[5]), *steps, q.shape[0], splits, *given.numbers, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
+        **given.meta,
     )  # fmt: skip
     if splits > 1:
         rooms = [None if room is None else room.sum(0) for room in rooms]

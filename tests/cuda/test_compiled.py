@@ -54,7 +54,10 @@ def test_the_record_is_of_these_kernels(compiled):
     with RECORD.open() as file:
         rows = [Compiled(*r.values()) for r in csv.DictReader(file)]
     kernels, _ = compiled
-    key = lambda k: (k.target, k.kernel, k.dtype, str(k.head_dim))  # noqa: E731
+
+    def key(k):
+        return k.target, k.kernel, k.dtype, str(k.head_dim)
+
     assert {key(k) for k in kernels} <= {key(r) for r in rows}
 
 

@@ -14,6 +14,7 @@ import fastprompt as fp
 from bench.gpu_check.calls import Right
 from bench.gpu_check.grid import DECODING, GRID
 from fastprompt import dispatch, native, ops
+from fastprompt.arguments import PagedPrefixAttention
 from fastprompt.errors import ImplementationError
 from fastprompt.model import PromptedModel
 from fastprompt.plan import BatchPlan
@@ -101,13 +102,14 @@ def test_e4m3_prefixes_with_a_scale_for_each_head():
     }
     wide = {n: (x.float() * s[:, None, None]).bfloat16() for (n, x), s in zip(narrow.items(), scales, strict=True)}
     forward = dispatch.kernels(OP, "cuda").forward
-    given = (*(dict(call.tensors) | narrow).values(), None, None, call.plan()["plan"].sharing, 128**-0.5)
-    out, lse = forward(*given, None, None, True, tuple(scales))
+    more, sharing = (None, 128**-0.5, None, None), call.plan()["plan"].sharing
+    given = PagedPrefixAttention(*(dict(call.tensors) | narrow).values(), *more)
+    out, lse = forward(given, None, sharing, True, tuple(scales))
     Right.of(replace(call, tensors=dict(call.tensors) | wide)).errors({"out": out, "lse": lse})
     with pytest.raises(ValueError, match="prefix_v_scale is not contiguous float32"):
-        forward(*given, None, None, True, (scales[0], scales[1, :3]))
+        forward(given, None, sharing, True, (scales[0], scales[1, :3]))
     with pytest.raises(ValueError, match=r"prefix_k_scale is not .* e4m3 prefixes"):
-        forward(*call.tensors.values(), *given[10:], None, None, True, tuple(scales))
+        forward(PagedPrefixAttention(*call.tensors.values(), *more), None, sharing, True, tuple(scales))
 
 
 def test_an_arena_without_tokens():
@@ -133,7 +135,7 @@ def test_compiled_calls_have_the_same_bits(monkeypatch):
 def test_opcheck():
     t = GRID["paged_prefix_attention decode, small heads"](torch.float16).tensors
     for need_lse in (True, False):
-        given = (*t.values(), None, None, None, 0.3, 40, None, need_lse, "cuda")
+        given = (*t.values(), None, 0.3, 40, None, None, None, need_lse, "cuda")
         torch.library.opcheck(torch.ops.fastprompt.paged_prefix_attention.default, given)
 
 

@@ -163,7 +163,10 @@ def test_what_it_does_not_compute_is_refused(settings, message):
 
 
 def test_an_old_layout_of_lse_is_refused(monkeypatch):
-    old = lambda q, *a, **m: (q, torch.zeros(5, q.shape[1], 7), None)  # noqa: E731
+
+    def old(q, *_, **__):
+        return q, torch.zeros(5, q.shape[1], 7), None
+
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", old)
     with pytest.raises(ImplementationError, match=r"lse of shape \[5, 4, 7\].*install flash-attn 2.7"):
         call()(flash)

@@ -37,7 +37,7 @@ def _registered(call, plan, need_lse):
     names = ("q", "k", "v", "prefix_k", "prefix_v", "prefix_start", "prefix_len", "sinks", "bias", "prefix_bias",
              "kv_start", "kv_len", "q_start")  # fmt: skip
     tensors = [t.get(n) for n in names]
-    return (*tensors, plan, True, 0.3, s.get("window"), s.get("softcap"), need_lse, "reference")
+    return (*tensors, True, 0.3, s.get("window"), s.get("softcap"), plan, need_lse, "reference")
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -62,11 +62,10 @@ def test_opcheck_of_the_backward(wanted):
     call = attention(EXTENTS, queries=5, keys=5, strided=True, sinks=True, bias=(1, 4, 1))
     *args, _, impl = _registered(call, None, True)
     out, lse = torch.ops.fastprompt.prefix_attention.default(*args, True, impl)
-    tensors, numbers = args[:14], args[14:]
     for dlse in (None, torch.rand_like(lse)):
         torch.library.opcheck(
             torch.ops.fastprompt.prefix_attention_backward.default,
-            (torch.rand_like(out), dlse, *tensors, out, lse, *numbers, wanted, impl),
+            (torch.rand_like(out), dlse, out, lse, *args, wanted, impl),
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from compiled import TARGETS, Compiled, compiling
 
 from fastprompt import dispatch
+from fastprompt.arguments import EmbedPrompts, PagedPrefixAttention, PrefixAttention
 from fastprompt.plan import BatchPlan
 
 COLUMNS = ("target", "kernel", "case", "warps", "stages", "registers", "spilled", "stack", "shared", "tensor_core")
@@ -40,9 +41,10 @@ def attention(dim: int, dtype: torch.dtype, *, queries: int = 1024, rich: bool =
         bias = [empty(1, heads, queries, n, dtype=dtype) for n in (1024, 128)]
         extra = [empty(heads, dtype=dtype), *bias, *(empty(rows) for _ in range(3))]
     numbers = (True, dim**-0.5, 512 if rich else None, 30.0 if rich else None)
-    out, lse = op.forward(*inputs, *extra, None, *numbers, True)
+    call = PrefixAttention(*inputs, *extra, *numbers)
+    out, lse = op.forward(call, None, True)
     if grad:
-        op.backward(out, lse, *inputs, *extra, None, out, lse, *numbers, [True] * 8)
+        op.backward(out, lse, out, lse, call, None, [True] * 8)
 
 
 def paged(dim: int, dtype: torch.dtype, *, rows: int, tokens: int, shared: bool = False, rich: bool = False) -> None:
@@ -57,9 +59,10 @@ def paged(dim: int, dtype: torch.dtype, *, rows: int, tokens: int, shared: bool 
     indices = [empty(rows, 256), empty(rows + 1), empty(rows)]
     lists = BatchPlan.build([0] * rows, [0] * rows, capacity_rows=rows, queries=[1] * rows, device="meta").sharing
     sinks = empty(heads, dtype=dtype) if rich else None
-    args = (empty(tokens, heads, dim, dtype=dtype), *caches, *indices, *arenas, empty(rows), empty(rows), sinks, None)
+    args = (empty(tokens, heads, dim, dtype=dtype), *caches, *indices, *arenas, empty(rows), empty(rows), sinks)
     window = 512 if rich and not shared else None
-    op.forward(*args, lists if shared else None, dim**-0.5, window, 30.0 if rich else None, rich)
+    call = PagedPrefixAttention(*args, dim**-0.5, window, 30.0 if rich else None)
+    op.forward(call, None, lists if shared else None, rich)
 
 
 def merge_states() -> None:
@@ -73,8 +76,9 @@ def embed_prompts() -> None:
     op = dispatch.kernels("embed_prompts", "triton")
     tables = [empty(n, 4096, dtype=torch.bfloat16) for n in (32000, 2048)]
     for positions in (None, empty(16, 128)):
-        args = (empty(16, 512, dtype=torch.int64), *tables, empty(16), empty(16), positions, None, empty(16), True, 640)
-        op.backward(op.forward(*args, None), *args, None, [True, True])
+        ids, extents = empty(16, 512, dtype=torch.int64), (empty(16), empty(16), positions, None, empty(16))
+        call = EmbedPrompts(ids, *tables, *extents, True, 640, None)
+        op.backward(op.forward(call), call, [True, True])
 
 
 def grouped_linear(dtype: torch.dtype) -> None:

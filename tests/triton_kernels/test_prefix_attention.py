@@ -190,7 +190,7 @@ def test_opcheck_and_compile():
     args = [t[n] for n in list(t)[:7]]
     torch.library.opcheck(
         torch.ops.fastprompt.prefix_attention.default,
-        (*args, *[None] * 7, True, 0.3, None, None, True, "triton"),
+        (*args, *[None] * 6, True, 0.3, None, None, None, True, "triton"),
     )
     torch.compiler.reset()
     compiled = torch.compile(triton, fullgraph=True, backend="aot_eager")
