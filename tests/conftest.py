@@ -14,6 +14,7 @@ from op_cases import VARIANTS, running
 
 torch.set_num_threads(1)
 settings.register_profile("fastprompt", deadline=None, print_blob=True)
+settings.register_profile("sanitized", settings.get_profile("fastprompt"), max_examples=40)  # for `make sanitize`
 settings.load_profile("fastprompt")
 
 

@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import contents
@@ -111,6 +112,11 @@ def check_use(python: Path, impl: str) -> str:
     return said
 
 
+def check_wheel(wheel: Path, scratch: Path, impl: str) -> None:
+    """Installed in an environment of its own, a wheel runs by the implementation that it must."""
+    step(f"{wheel.name}: {check_use(install(scratch, wheel), impl)}")
+
+
 def check_sources(wheels: contents.Wheels, scratch: Path) -> None:
     """Building the sdist without a compiler, with one, and where FASTPROMPT_BUILD asks for what cannot be."""
     shutil.unpack_archive(wheels.sdist, scratch)
@@ -144,9 +150,11 @@ def main(dist: Path, scratch: Path) -> None:
     wheels = contents.check(dist)
     step(f"{wheels.sdist.name}, {wheels.pure.name}, {wheels.native.name} hold what they must")
     check_choice(wheels, scratch)
-    for wheel, impl in ((wheels.native, "cpu"), (wheels.pure, "reference")):
-        step(f"{wheel.name}: {check_use(install(scratch / impl, wheel), impl)}")
-    check_sources(wheels, scratch / "source")
+    with ThreadPoolExecutor(2) as pool:
+        native = pool.submit(check_wheel, wheels.native, scratch / "cpu", "cpu")
+        pure = pool.submit(check_wheel, wheels.pure, scratch / "reference", "reference")
+        for each in (native, pure, pool.submit(check_sources, wheels, scratch / "source")):
+            each.result()
 
 
 if __name__ == "__main__":
