@@ -34,6 +34,7 @@ COMMANDS = {
     "micro": Command("micro", "every op against its peers, shape by shape, on the CPU", True),
     "e2e": Command("e2e", "the whole model in two minutes: forward, generating, training", True),
     "serve": Command("serving_load", "the server under load: a thousand tenants through HTTP, against PEFT", True),
+    "fairness": Command("serving_fairness", "first tokens of a quiet tenant beside one that floods the server", True),
     "sweep": Command("sweep", "how cost grows with lengths, prompts, rows and context, on the CPU", True),
     "gpu-check": Command("gpu_check.command", "the kernels on this machine's NVIDIA GPU: right or not, and how fast"),
     "compare": Command("compare", "two files of results as ratios; what became slower is flagged"),

@@ -16,6 +16,7 @@ import torch
 
 from bench import checkout, measure, options, session
 from bench.measure import CheckFailed, Contestant, Spread
+from fastprompt.arguments import PrefixAttention
 
 _CALLS = 2000  # in a row make a sample
 TRITON, REMEMBERED = "by Triton", "remembered"
@@ -78,8 +79,8 @@ def forward_launch() -> Launch:
     start, length = (torch.full((4,), value, dtype=torch.int32) for value in (0, 256))
     machine_of = mock.patch.object(tiles, "_machine", return_value="large")
     with mock.patch.object(prefix_attention, "launch", catch), machine_of:
-        given = (q, kv, kv, arena, arena, start, length, *[None] * 7, True, 0.1, None, None, False)
-        prefix_attention.forward(*given)
+        call = PrefixAttention(q, kv, kv, arena, arena, start, length, *[None] * 6, True, 0.1, None, None)
+        prefix_attention.forward(call, None, False)
     return caught[0]
 
 

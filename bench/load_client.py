@@ -19,7 +19,7 @@ _END = b"data: [DONE]"
 
 @dataclass(frozen=True)
 class Answer:
-    """One request's answer; times in seconds."""
+    """One request's answer; times in seconds, `at` is when it was whole, by the monotonic clock."""
 
     model: str
     text: str
@@ -27,6 +27,7 @@ class Answer:
     first: float
     total: float
     error: str = ""
+    at: float = field(default_factory=time.monotonic)
 
 
 @dataclass

@@ -65,7 +65,7 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {  # a name that ends in "?
     "time": ({"case": str, "name": str, **CLOCKS},),
     "ratio": (
         {"case": str, "target?": Maybe(str), "met?": Maybe(bool), **_RATIO},
-        {"case": str, "what": str, "value": SPREAD, "target": str, "met": Maybe(bool)},
+        {"case": str, "what": str, "value": SPREAD, "target": Maybe(str), "met": Maybe(bool)},
     ),
     "case": (_CASE,),
     "point": (
@@ -82,6 +82,7 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {  # a name that ends in "?
         },
     ),
     "seconds": ({"names": int, "what": str, **SPREAD},),
+    "pauses": ({"what": str, "count": int, "p50": NUMBER, "p99": NUMBER, "longest": NUMBER},),
     "rounding": ({"prompts": str, "storage": str, "error": NUMBER, "same": NUMBER, "places": int},),
     "load": (
         {

@@ -16,7 +16,7 @@ import argparse
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,20 +67,20 @@ def run(args: argparse.Namespace) -> int:
         plan = Plan(6.0, 8, 4, 4, 1.0, plan.peft)
     with session.opened(args, "serving-load", plan=asdict(plan)) as journal, TemporaryDirectory() as folder:
         try:
-            return int(asyncio.run(_run(plan, Path(folder), args.threads, journal, judge=not args.quick)))
+            return int(asyncio.run(_run(plan, Path(folder), args.threads, journal, not args.quick)))
         except CheckFailed as error:
             session.red(journal, error, case="load")
             return 1
 
 
-async def _run(plan: Plan, folder: Path, threads: int, journal: Journal, judge: bool) -> bool:
+async def _run(plan: Plan, folder: Path, threads: int, journal: Journal, judged: bool) -> bool:
     names = tenants.save(folder / "prompts", plan.tenants, peft=folder / "peft")
     with ExitStack() as stack:
         ours = stack.enter_context(load_servers.server(load_servers.ours, folder, threads))
         ports = {"prompts": ours, "no prompts": ours}
         if plan.peft:
             ports["peft"] = stack.enter_context(load_servers.server(load_servers.peft, folder, threads))
-        await _check(folder, names, ports, plan.new, journal)
+        await check(folder, names, ports, plan.new, "load", journal)
         kinds = {
             kind: Traffic([NAME] * len(names) if kind == "no prompts" else names, TEXTS, plan.new) for kind in ports
         }
@@ -94,11 +94,13 @@ async def _run(plan: Plan, folder: Path, threads: int, journal: Journal, judge: 
                 answers[kind].append(await load(ports[kind].port, traffic, plan.clients, plan.slice_seconds))
                 seconds[kind].append(time.monotonic() - began)
             memory.append((plan.seconds - (end - time.monotonic()), ours.memory()))
-    return _report(answers, seconds, memory, journal, judge)
+    return _report(answers, seconds, memory, journal, judged)
 
 
-async def _check(folder: Path, names: Sequence[str], ports: dict[str, Running], new: int, journal: Journal) -> None:
-    """Answers through HTTP are those of `PromptedModel.generate`, from us and from PEFT."""
+async def check(
+    folder: Path, names: Sequence[str], ports: Mapping[str, Running], new: int, case: str, journal: Journal
+) -> None:
+    """Answers through HTTP are those of `PromptedModel.generate`, from every kind of server."""
     chosen = [names[i * 7 % len(names)] for i in range(len(TEXTS))]
     expected, compared = tenants.answers(folder / "prompts", [NAME, *chosen], new), 0
     for name, text in zip(chosen, TEXTS, strict=True):
@@ -108,8 +110,9 @@ async def _check(folder: Path, names: Sequence[str], ports: dict[str, Running], 
             if answer.error or answer.text != want:
                 raise CheckFailed(f"{kind}: {asked} answers {answer.error or answer.text!r}, expected {want!r}")
             compared += 1
-    journal.write("check", case="load", green=True, what="answers of generate, fastprompt and PEFT", compared=compared)
-    print(f"green: answers of generate through HTTP: {compared} compared, all equal", flush=True)
+    what = "answers of generate through HTTP, " + ", ".join(ports)
+    journal.write("check", case=case, green=True, what=what, compared=compared)
+    print(f"green: {what}: {compared} compared, all equal", flush=True)
 
 
 async def _once(port: int, body: dict[str, Any]) -> Answer:
@@ -125,54 +128,65 @@ def _report(
     seconds: dict[str, list[float]],
     memory: Sequence[tuple[float, int]],
     journal: Journal,
-    judge: bool,
+    judged: bool,
 ) -> bool:
     rates: dict[str, list[float]] = {}
-    failed = 0
+    missed = False
     for kind, slices in answers.items():
         rates[kind] = [sum(a.tokens for a in s) / t for s, t in zip(slices, seconds[kind], strict=True)]
-        every = [a for s in slices for a in s]
-        errors = [a.error for a in every if a.error]
-        failed += len(errors)
-        first = sorted(a.first for a in every if not a.error)
-        line = {
-            "requests": len(every),
-            "errors": len(errors),
-            "tokens_per_second": asdict(Spread.of(rates[kind])),
-            "first_token_p50": statistics.median(first),
-            "first_token_p99": first[int(0.99 * (len(first) - 1))],
-            "distinct": len({a.model for a in every}),
-        }
-        journal.write("load", kind_of_request=kind, **line)
-        print(
-            f"{kind:11} {len(every):7} requests of {line['distinct']} models, {len(errors)} errors, "
-            f"{statistics.median(rates[kind]):8.0f} tokens/s, first token p50 {1e3 * line['first_token_p50']:.0f} ms, "
-            f"p99 {1e3 * line['first_token_p99']:.0f} ms"
-        )
-        for error in errors[:3]:
-            print(f"  {error}")
-    missed = failed > 0
-    missed |= _judge(
-        journal, judge, "prompts / no prompts", rates["prompts"], rates["no prompts"], Target(at_least=0.9)
-    )
+        missed |= tell(journal, kind, [a for s in slices for a in s], rates[kind])
+    over = Target(at_least=0.9)
+    missed |= judge(journal, judged, "load", "prompts / no prompts", rates["prompts"], rates["no prompts"], over)
     if "peft" in rates:
-        missed |= _judge(journal, judge, "prompts / peft", rates["prompts"], rates["peft"], Target(at_least=5.0))
+        over = Target(at_least=5.0)
+        missed |= judge(journal, judged, "load", "prompts / peft", rates["prompts"], rates["peft"], over)
     settled = [size for at, size in memory if at >= _SETTLED * memory[-1][0]]
     middle = len(settled) // 2 or 1
     early, late = settled[:middle], settled[middle:] or settled
     journal.write("memory", samples=memory)
-    return missed | _judge(
-        journal, judge, "memory, second half / first", late, [statistics.median(early)] * len(late), _GROWTH
-    )
+    base = [statistics.median(early)] * len(late)
+    return missed | judge(journal, judged, "load", "memory, second half / first", late, base, _GROWTH)
 
 
-def _judge(
-    journal: Journal, judge: bool, what: str, over: Sequence[float], under: Sequence[float], target: Target
-) -> bool:
-    ratio = Spread.of([a / b for a, b in zip(over, under, strict=True)])
-    verdict = target.holds(ratio.median) if judge else None
-    journal.write("ratio", case="load", what=what, value=asdict(ratio), target=target.describe(), met=verdict)
+def tell(journal: Journal, kind: str, answers: Sequence[Answer], rates: Sequence[float]) -> bool:
+    """Writes and prints what one kind of requests was answered with, `rates` tokens a second; whether any failed."""
+    errors = [a.error for a in answers if a.error]
+    first = sorted(a.first for a in answers if not a.error)
+    line: dict[str, Any] = {
+        "requests": len(answers),
+        "errors": len(errors),
+        "tokens_per_second": asdict(Spread.of(rates)),
+        "first_token_p50": statistics.median(first),
+        "first_token_p99": first[int(0.99 * (len(first) - 1))],
+        "distinct": len({a.model for a in answers}),
+    }
+    journal.write("load", kind_of_request=kind, **line)
     print(
-        f"{what}: {ratio.median:.3f}x [{ratio.p20:.3f}, {ratio.p80:.3f}]  target {target.describe()}{VERDICTS[verdict]}"
+        f"{kind:22} {len(answers):7} requests of {line['distinct']} models, {len(errors)} errors, "
+        f"{statistics.median(rates):8.0f} tokens/s, first token p50 {1e3 * line['first_token_p50']:.0f} ms, "
+        f"p99 {1e3 * line['first_token_p99']:.0f} ms"
+    )
+    for error in errors[:3]:
+        print(f"  {error}")
+    return bool(errors)
+
+
+def judge(
+    journal: Journal,
+    judged: bool,
+    case: str,
+    what: str,
+    over: Sequence[float],
+    under: Sequence[float],
+    target: Target | None,
+) -> bool:
+    """Writes and prints a ratio, slice by slice; whether its target was missed."""
+    ratio = Spread.of([a / b for a, b in zip(over, under, strict=True)])
+    verdict = target.holds(ratio.median) if judged and target else None
+    goal = target and target.describe()
+    journal.write("ratio", case=case, what=what, value=asdict(ratio), target=goal, met=verdict)
+    print(
+        f"{what}: {ratio.median:.3f}x [{ratio.p20:.3f}, {ratio.p80:.3f}]"
+        f"{f'  target {goal}' if goal else ''}{VERDICTS[verdict]}"
     )
     return verdict is False

@@ -66,7 +66,10 @@ def attention(
     strided: bool = False,
     **settings,
 ) -> Attention:
-    """A random call; `settings` that are lists become int32 tensors a row. `strided` lays heads after tokens."""
+    """A random call; `settings` that are lists become int32 tensors a row.
+
+    `strided` lays heads after tokens, and indices, sinks and biases apart.
+    """
     gen = torch.Generator().manual_seed(seed)
     rows, (hq, hkv), (d, dv) = len(extents), heads, dims
 
@@ -77,23 +80,26 @@ def attention(
         b, h, n, e = shape
         return draw(b, n, h, e).transpose(1, 2) if strided else draw(b, h, n, e)
 
+    def apart(x: Tensor) -> Tensor:  # with others between its numbers
+        return torch.stack([x, torch.full_like(x, 77)], -1)[..., 0] if strided else x
+
     tensors = {
         "q": by_head(rows, hq, queries, d),
         "k": by_head(rows, hkv, keys, d),
         "v": by_head(rows, hkv, keys, dv),
         "prefix_k": draw(tokens, hkv, d).transpose(0, 1) if strided else draw(hkv, tokens, d),
         "prefix_v": draw(tokens, hkv, dv).transpose(0, 1) if strided else draw(hkv, tokens, dv),
-        "prefix_start": torch.tensor([s for s, _ in extents], dtype=torch.int32),
-        "prefix_len": torch.tensor([n for _, n in extents], dtype=torch.int32),
+        "prefix_start": apart(torch.tensor([s for s, _ in extents], dtype=torch.int32)),
+        "prefix_len": apart(torch.tensor([n for _, n in extents], dtype=torch.int32)),
     }
     if sinks:
-        tensors["sinks"] = draw(hq)
+        tensors["sinks"] = apart(draw(hq))
     if bias is not None:
         width = max((n for _, n in extents), default=0) + 2
         b, h, n = bias
-        tensors["bias"], tensors["prefix_bias"] = draw(b, h, n, keys), draw(b, h, n, width)
+        tensors["bias"], tensors["prefix_bias"] = apart(draw(b, h, n, keys)), apart(draw(b, h, n, width))
     for name in [n for n, value in settings.items() if isinstance(value, list)]:
-        tensors[name] = torch.tensor(settings.pop(name), dtype=torch.int32)
+        tensors[name] = apart(torch.tensor(settings.pop(name), dtype=torch.int32))
     return Attention(tensors, settings)
 
 

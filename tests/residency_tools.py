@@ -65,6 +65,7 @@ def kill_writers(folder, kills):
     chance = random.Random(0)
     registry = PromptRegistry(folder, spec())
     contents = {value: files(value) for value in range(4)}
+    registry.put("p", contents[0])  # a child may be killed before it does anything
     for _ in range(kills):
         child = os.fork()
         if child == 0:

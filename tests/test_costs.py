@@ -84,7 +84,10 @@ def test_a_table_that_can_tell_decides():
 
 def test_the_plan_follows_the_tables_rules(monkeypatch):
     shape = Decode(128, 8, 256, 512)
-    shared = lambda: BatchPlan.build(*shape.extents(), queries=[1] * 128).sharing is not None  # noqa: E731
+
+    def shared():
+        return BatchPlan.build(*shape.extents(), queries=[1] * 128).sharing is not None
+
     assert shared()
     monkeypatch.setattr(costs, "table", lambda device: replace(COUNTED, state_tokens=250))
     assert not shared()

@@ -119,7 +119,9 @@ def test_what_another_path_does_for_less_is_left_to_it(extension, monkeypatch):
 
 
 def test_a_plan_knows_whether_every_row_has_one_query():
-    build = lambda queries: BatchPlan.build([0, 0, 9], [9, 9, 4], queries=queries)  # noqa: E731
+    def build(queries):
+        return BatchPlan.build([0, 0, 9], [9, 9, 4], queries=queries)
+
     assert build([1, 1, 1]).decoding == (2, 13) == build(torch.tensor([1, 1, 1])).decoding
     assert build([1, 2, 1]).decoding is None and build([1, 0, 1]).decoding is None
     assert BatchPlan.build([0], [9]).decoding is None
@@ -228,7 +230,9 @@ def test_obstacles(monkeypatch):
 
 
 def test_code_runs_on_the_gpus_it_was_built_for():
-    runs = lambda major, minor, archs: native.not_built_for((major, minor), archs) is None  # noqa: E731
+    def runs(major, minor, archs):
+        return native.not_built_for((major, minor), archs) is None
+
     assert runs(8, 0, "80") and runs(8, 9, "80") and not runs(8, 0, "89") and not runs(9, 0, "80;89")
     assert runs(9, 0, "90a") and not runs(10, 0, "90a") and not runs(10, 3, "100a")
     assert runs(10, 3, "80;100") and not runs(12, 0, "80;100") and runs(12, 0, "80;100+PTX") and runs(9, 0, "80+PTX")

@@ -1,6 +1,8 @@
 """Choosing an implementation, and saying why."""
 
+import ast
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from fastprompt import dispatch, native
 from fastprompt.errors import ArgumentError, ImplementationError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -110,13 +113,35 @@ def test_every_registered_module_can_be_loaded():
 
 def test_heads_too_large_for_kernels_go_to_the_reference(table, monkeypatch):
     dispatch.register("prefix_attention", "triton", "fastprompt.nowhere")
-    given = ("prefix_attention", None, CUDA, torch.float16)
-    assert dispatch.choose_for_heads(*given, 256, 8) == "triton"
+
+    def chosen(impl, *sizes):
+        found = dispatch.choose("prefix_attention", impl, CUDA, torch.float16)
+        return dispatch.fitting_heads("prefix_attention", impl, found, *(torch.empty(1, n) for n in sizes))
+
+    assert chosen(None, 256, 8) == "triton"
     with pytest.warns(RuntimeWarning, match=r"without their triton.*heads have 257 numbers, expected at most 256"):
-        assert dispatch.choose_for_heads(*given, 8, 257) == "reference"
-    assert dispatch.choose_for_heads("prefix_attention", "reference", CUDA, torch.float16, 999) == "reference"
+        assert chosen(None, 8, 257) == "reference"
+    assert chosen("reference", 999) == "reference"
     with pytest.raises(ImplementationError, match="'triton' cannot run prefix_attention: its heads have 300 numbers"):
-        dispatch.choose_for_heads("prefix_attention", "triton", CUDA, torch.float16, 300)
+        chosen("triton", 300)
     monkeypatch.setenv("FASTPROMPT_IMPL", "triton")
     with pytest.raises(ImplementationError, match="300 numbers"):
-        dispatch.choose_for_heads(*given, 300)
+        chosen(None, 300)
+
+
+def functions(module):
+    """Parameters without a default of `forward` and `backward` in the file of a module, which need not be imported."""
+    path = ROOT / "/".join(module.replace("fastprompt._triton", "kernels.triton").split("."))
+    body = ast.parse(path.with_suffix(".py").read_text()).body
+    found = [f for f in body if isinstance(f, ast.FunctionDef) and f.name in ("forward", "backward")]
+    return {f.name: [ast.unparse(a) for a in f.args.args[: len(f.args.args) - len(f.args.defaults)]] for f in found}
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_every_implementation_of_an_op_takes_the_same(op):
+    wanted = functions(f"fastprompt._eager.{op}")
+    for (name, impl), entry in dispatch._table.items():
+        if name == op and impl != "reference":
+            found = functions(entry.module)
+            assert found["forward"] == wanted["forward"], impl
+            assert impl in ("flash", "cuda") or found.get("backward") == wanted.get("backward"), impl

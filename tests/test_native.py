@@ -203,6 +203,11 @@ def test_parallel_units(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_exponentials(tmp_path):
+    run_native("g++", tmp_path / "test_vec", [])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_portable_attention(tmp_path):
     run_native("g++", tmp_path / "test_attention", ATTENTION)
 

@@ -1,7 +1,11 @@
 """What pyproject.toml says about the package agrees with the tree."""
 
+import re
+import runpy
 import sys
 from pathlib import Path
+
+import setuptools
 
 import fastprompt
 
@@ -45,3 +49,16 @@ def test_the_package_is_typed_and_has_a_version():
     assert (ROOT / "fastprompt" / "py.typed").is_file()
     assert fastprompt.__version__.count(".") == 2
     assert f"\nversion: {fastprompt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_description_for_a_package_index_needs_no_files_beside_it(monkeypatch):
+    """README's words and code, with the names of files in place of links and pictures."""
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    runpy.run_path(str(ROOT / "setup.py"))
+    text, readme = given["long_description"], (ROOT / "README.md").read_text()
+    assert not re.search(r"!\[|\]\((?![a-z]+:)", text)
+    fences = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    assert fences.findall(text) == fences.findall(readme)
+    named = re.findall(r"`((?:docs|bench)/[\w./-]+)`", text)
+    assert len(named) > 30 and all((ROOT / path).exists() for path in named)

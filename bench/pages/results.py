@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import cache
 from typing import Any
 
 from bench import runs
+from bench.measure import Sample
+from bench.measure import ratio as measured
 from bench.runs import RESULTS
 
 MIB = 2**20
@@ -42,6 +45,15 @@ def ratio(file: str, case: str, over: str, under: str, clock: str = "wall") -> d
     """The spread of a ratio of times: median, p20, p80."""
     spread: dict[str, float] = record(file, kind="ratio", case=case, over=over, under=under)[clock]
     return spread
+
+
+def paired(file: str, case: str, over: str, under: str) -> dict[str, float]:
+    """The spread of a ratio of wall times that the run did not write down itself, from its samples, pair by pair."""
+    samples: dict[str, list[Sample]] = {over: [], under: []}
+    for line in records(file, kind="sample", case=case):
+        if line["name"] in samples:
+            samples[line["name"]].append(Sample(*(line[field.name] for field in fields(Sample))))
+    return asdict(measured(samples, over, under).wall)
 
 
 def over(case: Mapping[str, Any], baseline: str) -> float:

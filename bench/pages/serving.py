@@ -9,6 +9,7 @@ from bench.pages.results import Table, Tables, Values, bracketed, goal, ratio, r
 ENGINE = "serving-engine-cpu.jsonl"
 LOAD = "serving-load-cpu.jsonl"
 RAY = "ray-cpu.jsonl"
+FAIRNESS = "serving-fairness-cpu.jsonl"
 REGISTRY = "registered-prompts-cpu.jsonl"
 STORAGE = "bank-storage-cpu.jsonl"
 
@@ -35,6 +36,22 @@ def load() -> Table:
         rate = f"{r['tokens_per_second']['median']:,.0f}"
         rows.append([name, f"{r['requests']:,}{tenants}", str(r["errors"]), rate, waits])
     return [["requests", "answered", "failed", "tokens a second", "first token, median and 99th percentile"], *rows]
+
+
+def fairness() -> Table:
+    """First tokens and throughput of tenants that share a server."""
+    rows = []
+    for r in records(FAIRNESS, kind="load"):
+        waits = (f"{1e3 * r[f'first_token_{point}']:,.0f} ms" for point in ("p50", "p99"))
+        rate = f"{r['tokens_per_second']['median']:,.0f}"
+        rows.append([r["kind_of_request"], f"{r['requests']:,}", str(r["errors"]), rate, *waits])
+    return [["tenant", "answered", "failed", "tokens a second", "first token, median", "99th percentile"], *rows]
+
+
+def fairness_ratios() -> Table:
+    """What one tenant gets beside another."""
+    rows = [[r["what"], bracketed(r["value"], ".2f"), goal(r["target"])] for r in records(FAIRNESS, kind="ratio")]
+    return [["ratio, by slices", "", "target"], *rows]
 
 
 def load_ratios() -> Table:
@@ -83,6 +100,14 @@ def registry() -> Table:
     return [["", "N = 10", "N = 100,000"], *rows]
 
 
+def steps() -> Table:
+    """Decoding steps beside a look through a folder of 100,000 names."""
+    rows = []
+    for r in records(REGISTRY, kind="pauses"):
+        rows.append([r["what"], str(r["count"]), *(f"{1e3 * r[point]:.1f} ms" for point in ("p50", "p99", "longest"))])
+    return [["", "steps", "median", "99th percentile", "longest"], *rows]
+
+
 def _median(what: str, names: int) -> float:
     median: float = record(REGISTRY, kind="seconds", what=what, names=names)["median"]
     return median
@@ -124,8 +149,11 @@ TABLES: Tables = {
     "serving-engine": engine,
     "serving-load": load,
     "serving-load.ratios": load_ratios,
+    "serving-fairness": fairness,
+    "serving-fairness.ratios": fairness_ratios,
     "ray-replicas": replicas,
     "registered-prompts": registry,
+    "registered-prompts.steps": steps,
     "bank-storage": storage,
 }
 VALUES: Values = {

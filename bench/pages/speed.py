@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.attention_cases import BASELINES
-from bench.pages.results import MIB, Table, Tables, Values, bracketed, over, ratio, record, records
+from bench.pages.results import MIB, Table, Tables, Values, bracketed, over, paired, ratio, record, records
 
 MAIN_JOB = "main-job-cpu.jsonl"
 ATTENTION = "prefix-attention-cpu.jsonl"
@@ -15,10 +15,11 @@ MEMORY = "prefix-attention-memory-cpu.jsonl"
 CHOSEN = "chosen-layers-cpu.jsonl"
 LAUNCH = "launch-cost-cpu.jsonl"
 _FORWARD = "forward of 8 x 128 tokens"
+_BARE = "the same batch without prompts, in transformers"
 _PREFILL = "prefill B8 prompts1 P64 N128 12/12 D64 causal"
 _OP_CASES = {
-    "prefill, 8 rows x 128 tokens, one prompt of 64": _PREFILL,
-    "decoding, 32 rows of 4 prompts of 512": "decode B32 prompts4 P512 S512 16/16 D64",
+    "prefill of 8 x 128 tokens, one prompt": _PREFILL,
+    "decoding 32 rows of 4 prompts of 512": "decode B32 prompts4 P512 S512 16/16 D64",
 }
 _WAYS = {
     "SDPA on keys concatenated before the clock starts": "concatenated",
@@ -28,23 +29,26 @@ _CEILING = "ceiling"  # not a baseline but the machine's limit
 
 
 def readme() -> Table:
-    """README's table: the whole model against PEFT and the bare backbone, and the op against SDPA and copies."""
+    """README's table: what others take, in units of fastprompt's time, for the whole model and for the op alone."""
     whole = [
-        ("PEFT generating 32 tokens for 32 rows of 32 prefix prompts, switching adapters row by row",
-         "fastprompt, one batch", "generate", "peft, row by row", "fastprompt"),
-        ("fastprompt, the same", "the bare backbone on the same batch", "generate", "fastprompt", "bare"),
-        (f"fastprompt's {_FORWARD} with Prompt Tuning", "the bare backbone", "forward", "fastprompt", "bare"),
-        ("PEFT's, the same", "the bare backbone", "forward", "peft", "bare"),
-        (f"fastprompt's {_FORWARD} with Prefix Tuning", "the bare backbone", "prefix", "fastprompt", "bare"),
-        ("PEFT's, the same", "the bare backbone", "prefix", "peft", "bare"),
-        ("generating with 1,000 prompts in the bank", "with 10", "bank", "1000 prompts", "10 prompts"),
+        ("generate 32 tokens for 32 rows under 32 prefix prompts", "generate", "fastprompt",
+         {"PEFT row by row, as one adapter is active at a time": "peft, row by row", _BARE: "bare"}),
+        (f"{_FORWARD}, one Prompt Tuning prompt", "forward", "fastprompt", {"PEFT": "peft", _BARE: "bare"}),
+        (f"{_FORWARD}, one Prefix Tuning prompt", "prefix", "fastprompt", {"PEFT": "peft", _BARE: "bare"}),
+        ("generate with 1,000 prompts in the bank", "bank", "1000 prompts", {"with 10 in it": "10 prompts"}),
     ]  # fmt: skip
-    rows = [[what, base, bracketed(ratio(MAIN_JOB, *where))] for what, base, *where in whole]
+    rows: list[list[str]] = []
+    for about, case, ours, others in whole:
+        rows += _beside(about, {how: paired(MAIN_JOB, case, name, ours) for how, name in others.items()})
     for about, case in _OP_CASES.items():
         spreads = {r["over"]: r["wall"] for r in record(ATTENTION, kind="case", case=case, dtype="fp32")["ratios"]}
-        for how, baseline in _WAYS.items():
-            rows.append([f"{about}: {how}", "`prefix_attention`", bracketed(spreads[baseline])])
-    return [["time of", "over the time of", "ratio"], *rows]
+        rows += _beside(f"`prefix_attention`, {about}", {how: spreads[name] for how, name in _WAYS.items()})
+    return [["what", "beside it", "takes, in units of fastprompt's time"], *rows]
+
+
+def _beside(what: str, spreads: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """A line for each that is beside `what`, which the first one names."""
+    return [["" if i else what, how, bracketed(found, ".2f")] for i, (how, found) in enumerate(spreads.items())]
 
 
 def attention() -> Table:

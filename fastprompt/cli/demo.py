@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -126,7 +128,9 @@ def _render(data: dict[str, Any]) -> None:
     if data["timing"]:
         _print_times(data["timing"], data["threads"])
     console.print(f"\nDone in {data['seconds']:.0f} s. The prompts are in {data['out']}; go on with:", markup=False)
-    for command in data["next"]:
+    activate = Path(sys.executable).with_name("activate")
+    off_path = shutil.which("fastprompt") is None and activate.exists()
+    for command in [f". {shlex.quote(str(activate))}"] * off_path + data["next"]:
         console.print(f"  {command}", style="cyan", markup=False, soft_wrap=True)
 
 

@@ -58,12 +58,17 @@ def _limits(shape: Any, plan: Any) -> str | None:
     import torch
 
     from fastprompt._cuda import limits
+    from fastprompt.arguments import PagedPrefixAttention
 
     if shape.itemsize != 2:
         return f"it got numbers of {shape.itemsize} bytes, expected 2"
     q = torch.empty(shape.rows, shape.heads, shape.dim, dtype=torch.bfloat16, device="meta")
     cache, arena = q.new_empty(1, 16, shape.kv_heads, shape.dim), q.new_empty(shape.kv_heads, 1, shape.dim)
-    return limits.problem(q, cache, cache, arena, arena, shape.rows, plan)
+    rows = q.new_empty(shape.rows, dtype=torch.int32)
+    call = PagedPrefixAttention(
+        q, cache, cache, rows[:, None], rows, rows, arena, arena, rows, rows, None, 1.0, None, None
+    )
+    return limits.problem(call, plan)
 
 
 def _problems(shape: Any, plan: Any) -> dict[str, str | None]:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fastprompt.cli.live import number, progress_table
 from fastprompt.cli.output import Json, console, emit, errors
-from fastprompt.cli.train import Config, DryRun, Output, Overwrite, Resume, Set
+from fastprompt.cli.train import Config, DryRun, Output, Overwrite, Resume, Set, need_packages
 
 if TYPE_CHECKING:
     from fastprompt.training.sweep.run import SweepListener, SweepProgress
@@ -39,6 +39,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Try many settings of every prompt of a config file, as many at once as fit, and keep the best."""
+    need_packages()
     from fastprompt.training.launch import check_sweep, prepare_sweep, sweep_file
 
     if dry_run:

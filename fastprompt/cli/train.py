@@ -42,6 +42,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train every prompt of a config file, all in one run; with --compare also in other ways."""
+    need_packages()
     from fastprompt.training.config import load_config
     from fastprompt.training.files import main_process
     from fastprompt.training.launch import check_launch, prepare_launch, train_file
@@ -55,6 +56,13 @@ def train(
         report = train_file(settings, output=output, resume=resume, overwrite=overwrite, listen=listen)
     if main_process():
         emit(report, as_json, _render)
+
+
+def need_packages() -> None:
+    """Raises ArgumentError where what reads config files and data sets is not installed."""
+    from fastprompt.training import packages
+
+    packages.need("training from a config file", "pydantic", "datasets")
 
 
 def _comparators(kinds: str | None) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastprompt.errors import ArgumentError
 from fastprompt.prompts.base import check_int
+from fastprompt.training import packages
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,6 +61,7 @@ def class_names(examples: Dataset, column: str = "label") -> tuple[str, ...]:
 
 
 def _loaded(source: Any, split: str | None, subset: str | None) -> Dataset:
+    packages.need("reading examples", "datasets")
     import datasets
 
     if isinstance(source, datasets.Dataset):

@@ -9,11 +9,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from fastprompt.errors import ArgumentError
+from fastprompt.training import packages
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -94,16 +93,8 @@ def generation(predicted: Sequence[str], wanted: Sequence[str], *, bleu: bool) -
     same = [guess.strip() == text.strip() for guess, text in zip(predicted, wanted, strict=True)]
     scores = {"exact_match": float(np.mean(same))}
     if bleu:
-        scores["bleu"] = float(sacrebleu().corpus_bleu(list(predicted), [list(wanted)]).score)
-    return scores
-
-
-def sacrebleu() -> Any:
-    """The optional package sacrebleu."""
-    try:
+        packages.need("bleu=True", "sacrebleu")
         import sacrebleu
-    except ImportError:
-        raise ArgumentError(
-            "bleu is True, and sacrebleu, which computes it, is not installed: pip install 'fastprompt[train]'"
-        ) from None
-    return sacrebleu
+
+        scores["bleu"] = float(sacrebleu.corpus_bleu(list(predicted), [list(wanted)]).score)
+    return scores

@@ -18,6 +18,7 @@ from bench.gpu_check.parts import BY_NAME, PARTS, Part
 from bench.gpu_check.records import ERROR, GREEN, NOT_AVAILABLE, NOT_RUN, RED, NotAvailable
 from bench.gpu_check.worker import work
 from bench.measure import SCHEMA, CheckFailed
+from fastprompt import costs
 
 
 def test_lines_say_what_their_kind_has() -> None:
@@ -166,16 +167,22 @@ def test_without_a_gpu_it_says_so(capsys) -> None:
     assert "gpu-check needs an NVIDIA GPU" in capsys.readouterr().err
 
 
-def test_the_dry_run_goes_through_processes_and_writes_its_file(tmp_path: Path, capsys) -> None:
+def test_the_dry_run_goes_through_processes_and_writes_its_files(tmp_path: Path, capsys) -> None:
     out = tmp_path / "run.jsonl"
-    assert command.main(["gpu-check", "--dry-run", "--part", "ceilings", "sanitizer", "--out", str(out)]) == 0
+    parts = ("ceilings", "sanitizer", "build", "costs")
+    assert command.main(["gpu-check", "--dry-run", "--part", *parts, "--out", str(out)]) == 0
     lines = [records.parse(line) for line in out.read_text().splitlines()]
     assert [line["kind"] for line in (lines[0], lines[-1])] == ["machine", "end"]
     assert lines[0]["benchmark"] == "gpu-check" and lines[0]["device"] == "cpu" and lines[0]["quick"]
     assert {line["what"] for line in lines if line["kind"] == "ceiling"} == {"memory", "bf16", "fp16", "fp32"}
     states = {line["unit"]: line["state"] for line in lines if line["kind"] == "unit"}
     assert states["memcheck"] == NOT_AVAILABLE and states["bf16"] == GREEN
-    assert "sanitizer  " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "sanitizer  " in shown and "NOT AVAILABLE build" in shown
+    table, usual = costs.load(tmp_path / "run.costs.json")  # as it can be given
+    assert (table.device, table.measured, usual.device) == ("cpu", False, None)
+    paths = [line["path"] for line in lines if line["kind"] == "cost"]
+    assert paths.count("single") == 3 and paths.count("triton") == 1
 
 
 def test_what_fails_costs_nothing_else(monkeypatch, tmp_path: Path, capsys) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -119,6 +120,12 @@ def test_problems_come_a_line_each(fails_with, config):
     lines = fails_with("train", config(), "--set", "prompt.soft.steps=0", "--set", "run.sed=1", "--dry-run")
     assert len(lines) == 2
     assert all(line.startswith("error: --set ") for line in lines)
+
+
+def test_without_the_extra_it_says_what_to_install(fails, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for command in ("train", "sweep"):
+        assert "needs datasets, which is not installed: pip install 'fastprompt[train]'" in fails(command, config())
 
 
 def test_a_run_is_resumed_or_begun_anew_when_asked(run, fails, config, tmp_path):

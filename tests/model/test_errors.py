@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from transformers import GenerationConfig
 
 import fastprompt as fp
 
@@ -23,7 +24,7 @@ def model() -> fp.PromptedModel:
 def test_unknown_name_suggests_a_near_one(model: fp.PromptedModel) -> None:
     with pytest.raises(fp.FastPromptError, match=r"'on'.*did you mean 'one'"):
         model(input_ids=IDS, prompts="on")
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"'two' is not loaded: loaded are 'one'"):
         model.remove_prompt("two")
 
 
@@ -96,6 +97,8 @@ def test_more_positions_than_the_backbone_has() -> None:
 def test_prompts_must_be_a_config_and_backbones_a_model(model: fp.PromptedModel) -> None:
     with pytest.raises(fp.FastPromptError, match="PrefixTuning"):
         model.add_prompt("x", {"num_virtual_tokens": 3})  # type: ignore[arg-type]
+    with pytest.raises(fp.FastPromptError, match=r"config is the class PrefixTuning"):
+        model.add_prompt("x", fp.PrefixTuning)  # type: ignore[arg-type]
     with pytest.raises(fp.FastPromptError, match="PreTrainedModel"):
         fp.PromptedModel(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
@@ -205,6 +208,10 @@ def test_generating_past_the_backbones_positions() -> None:
     model.add_prompt("p", fp.PrefixTuning(num_virtual_tokens=10))
     with pytest.raises(fp.FastPromptError, match=r"20 to generate need 33 positions"):
         model.generate(input_ids=IDS, prompts="p", max_new_tokens=20, do_sample=False)
+    for limit in (20, 23):
+        config = GenerationConfig(**({"max_new_tokens": 20} if limit == 20 else {"max_length": 23}), do_sample=False)
+        with pytest.raises(fp.FastPromptError, match=r"20 to generate need 33 positions"):
+            model.generate(input_ids=IDS, prompts="p", generation_config=config)
 
 
 def test_an_encoders_positions_hold_prompt_and_text() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from transformers import Trainer, TrainingArguments
+from transformers import AttentionInterface, GenerationConfig, Trainer, TrainingArguments
 
 import fastprompt as fp
+from fastprompt.integrations import transformers
+from fastprompt.integrations.transformers import attention
 
 GREEDY: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
 
@@ -47,6 +51,9 @@ def test_generate_infers_the_mask_from_padding(name: str) -> None:
     ids[0, :3] = 0
     given = model.generate(input_ids=ids, attention_mask=(ids != 0).long(), prompts="p", **GREEDY)
     assert model.generate(input_ids=ids, prompts="p", **GREEDY).tolist() == given.tolist()
+    model.backbone.generation_config.pad_token_id = None
+    config = GenerationConfig(**GREEDY)
+    assert model.generate(input_ids=ids, prompts="p", generation_config=config).tolist() == given.tolist()
 
 
 def test_right_padded_embeddings_are_moved_left() -> None:
@@ -106,6 +113,16 @@ def test_wrapping_and_compiling_leave_every_modules_mode_alone() -> None:
     with torch.no_grad():
         model(input_ids=torch.tensor([[5, 6]]), prompts="e")
     assert {n: m.training for n, m in backbone.named_modules()} == modes
+
+
+def test_a_pickled_model_finds_its_attention_where_none_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pickle imports is all that a new process knows."""
+    model, ids = prompted(zoo.causal("llama"), p=PREFIX), torch.arange(3, 9)[None]
+    expected, content = model(input_ids=ids, prompts="p").logits, pickle.dumps(model)
+    monkeypatch.delitem(AttentionInterface._global_mapping, attention.NAME)
+    monkeypatch.setattr(transformers, "attention", None)
+    monkeypatch.delitem(sys.modules, attention.__name__)
+    torch.testing.assert_close(pickle.loads(content)(input_ids=ids, prompts="p").logits, expected)
 
 
 def test_switching_the_attention_away_is_noticed() -> None:

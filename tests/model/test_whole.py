@@ -13,6 +13,7 @@ import zoo
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from training_cases import in_two_processes
 from transformers import Trainer, TrainingArguments
 
 import fastprompt as fp
@@ -166,8 +167,9 @@ def test_the_trainer_trains_every_prompt_and_nothing_else(tmp_path: Path) -> Non
     assert not any(torch.equal(before[n], p) for n, p in model.library.named_parameters())
 
 
-def _ddp_worker(rank: int, store: str, out: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _save_gradients(out: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(
         prompted(zoo.causal("llama"), a=PREFIX, b=EMBED), find_unused_parameters=True
@@ -186,11 +188,10 @@ def _ddp_worker(rank: int, store: str, out: str) -> None:
         torch.distributed.all_reduce(grads[f"sharded {n}"])
     if rank == 0:
         torch.save(grads, out)
-    torch.distributed.destroy_process_group()
 
 
 def test_data_parallel_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path / "store"), str(tmp_path / "grads")), nprocs=2)
+    in_two_processes(_save_gradients, tmp_path / "grads")
     grads = torch.load(tmp_path / "grads", weights_only=True)
     ids = torch.arange(3, 3 + 4 * 8).view(4, 8)
     torch.manual_seed(0)

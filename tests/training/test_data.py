@@ -1,6 +1,7 @@
 """Examples from every kind of source, parts of them, and what is said where there are none."""
 
 import json
+import sys
 
 import datasets
 import pytest
@@ -147,3 +148,9 @@ def test_class_names():
     for rows, said in (([{"x": 1}], "column 'label' is missing"), ([{"label": 0.5}], "name no class")):
         with pytest.raises(ArgumentError, match=said):
             data.class_names(data.load(rows))
+
+
+def test_without_its_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ArgumentError, match=r"needs datasets, .*: pip install 'fastprompt\[train\]'"):
+        data.load(ROWS)

@@ -1,5 +1,6 @@
 """Token classification: which sub-words carry a tag, windows of padding, entities and problems."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -127,3 +128,9 @@ def test_tags_learn_in_a_mixed_batch():
         expected = task.losses(output(logits=model(alone.input_ids, alone.attention_mask, prompts=name).logits), alone)
         cut = batch_of(items[r : r + 1], prompts=[name], width=batch.input_ids.shape[1])
         torch.testing.assert_close(task.losses(output(logits=logits[r : r + 1]), cut), expected)
+
+
+def test_a_package_that_scores_need_is_missed_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "seqeval", None)
+    (said,) = problems(TASK, [EXAMPLE], context(TOKENIZER))
+    assert said == "token_classification needs seqeval, which is not installed: pip install 'fastprompt[train]'"

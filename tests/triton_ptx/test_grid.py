@@ -16,10 +16,12 @@ QUICK = {  # calls of `make test-triton`; `make test-full` has all
     ("sm_90", "fp16"): ("grouped_linear even size",),
     ("sm_90", "fp32"): ("prefix_attention no own keys",),
 }  # fmt: skip
+COMPILED = (("sm_90", "bf16"), ("sm_90", "fp16"), ("sm_90", "fp32"), ("sm_80", "bf16"))  # as triton_ptx.grid has them
 CALLS = [
     pytest.param(target, dtype, call, marks=() if call in QUICK.get((target, dtype), ()) else pytest.mark.long)
-    for target in ("sm_90", "sm_80") for dtype in ("bf16", "fp16", "fp32") for call in GRID
-]  # fmt: skip
+    for target, dtype in COMPILED
+    for call in GRID
+]
 
 
 @pytest.mark.parametrize(("target", "dtype", "call"), CALLS)
@@ -30,7 +32,10 @@ def test_errors_are_within_their_bounds(target, dtype, call):
     assert 0 <= float(found["share"]) <= 1 and call.split()[0] in found["kernels"]
 
 
-@pytest.mark.parametrize("call", ["prefix_attention softcap, sinks, biases", "paged_prefix_attention decode, window"])
+SLOW = pytest.param("prefix_attention softcap, sinks, biases", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("call", ["paged_prefix_attention decode, window", SLOW])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
 def test_warps_may_run_in_any_order_and_copies_early(call, seed):
     """Within the same bounds, as bits do not change."""

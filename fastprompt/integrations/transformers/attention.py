@@ -152,8 +152,6 @@ def _warn_dropout() -> None:
     )
 
 
-def register() -> None:
-    """Make the names `fastprompt` and `fastprompt_eager` known to transformers."""
-    for name in (NAME, EAGER_NAME):
-        AttentionInterface.register(name, attention_forward)
-        AttentionMaskInterface.register(name, mask_function)
+for _name in (NAME, EAGER_NAME):  # on import: a model from a pickle has the name in its config already
+    AttentionInterface.register(_name, attention_forward)
+    AttentionMaskInterface.register(_name, mask_function)

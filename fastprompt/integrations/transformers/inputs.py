@@ -75,12 +75,20 @@ def text_mask(inputs: dict[str, Any]) -> torch.Tensor:
     return torch.ones(own.shape[0], seen + own.shape[1], dtype=torch.int64, device=own.device)
 
 
+def generation_option(inputs: dict[str, Any], name: str, usual: Any = None) -> Any:
+    """What a call of `generate` says: by an argument of its own, or in its `generation_config`; or `usual`."""
+    if name in inputs:
+        return inputs[name]
+    given = getattr(inputs.get("generation_config"), name, None)
+    return usual if given is None else given
+
+
 def infer_mask(inputs: dict[str, Any], config: Any) -> dict[str, Any]:
     """Take padding tokens for padding where no mask is given, as transformers' generation does."""
-    ids, pad = inputs.get("input_ids"), inputs.get("pad_token_id", config.pad_token_id)
+    ids, pad = inputs.get("input_ids"), generation_option(inputs, "pad_token_id", config.pad_token_id)
     if ids is None or pad is None or any(inputs.get(n) is not None for n in ("attention_mask", "past_key_values")):
         return inputs
-    ends = inputs.get("eos_token_id", config.eos_token_id)
+    ends = generation_option(inputs, "eos_token_id", config.eos_token_id)
     if pad in (ends if isinstance(ends, (list, tuple)) else [ends]) or not bool((ids == pad).any()):
         return inputs
     return inputs | {"attention_mask": (ids != pad).long()}

@@ -24,11 +24,11 @@ def inspect_backbone(model: PreTrainedModel) -> Backbone:
     """Freeze `model`, switch it to fastprompt's attention where it honours that, and describe it."""
     if not isinstance(model, PreTrainedModel):
         raise ArgumentError(
-            f"backbone is {type(model).__name__}, expected a transformers PreTrainedModel "
-            "(unwrap PEFT with PromptedModel.from_peft)"
+            f"backbone is {type(model).__name__}, expected a transformers PreTrainedModel: load one by its name with "
+            "AutoModelForCausalLM.from_pretrained; a PeftModel's prompts with PromptedModel.from_peft, what a LoRA "
+            "stands on with peft_model.get_base_model()"
         )
     model.requires_grad_(False)
-    attention.register()
     with evaluating(model):
         calls, why_not = _probe_attention(model)
         return _without_interface(model, why_not) if calls is None else _with_interface(model, calls)

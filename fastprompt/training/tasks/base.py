@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 
 from fastprompt.spec import BackboneSpec
+from fastprompt.training import packages
 
 T = TypeVar("T")
 IGNORED = -100  # the label of a token that has none
@@ -167,6 +168,10 @@ class Task(ABC):
     def encode(self, example: Mapping[str, Any], context: TaskContext) -> tuple[Features, ...]:
         """The rows of one example, none to leave it out; an ExampleError says what is wrong with it."""
 
+    def packages(self) -> tuple[str, ...]:
+        """What its scores are computed with, of the packages of the extra `train`."""
+        return ()
+
     def check_setup(self, context: TaskContext) -> list[str]:
         """What is wrong with the tokenizer or the template, whatever the examples are."""
         if context.template is not None:
@@ -179,7 +184,8 @@ class Task(ABC):
 
     def prepare(self, examples: Examples, context: TaskContext) -> tuple[list[Item], list[str]]:
         """The examples as items, in order, and every problem of them, one sentence each."""
-        problems = self.check_setup(context) + _check_columns(examples, self.columns(context))
+        problems = packages.missing(self.name, self.packages()) + self.check_setup(context)
+        problems += _check_columns(examples, self.columns(context))
         if problems:
             return [], problems
         items: list[Item] = []

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from fastprompt.errors import FastPromptError
 from fastprompt.prompts.base import check_int
 from fastprompt.training import metrics
 from fastprompt.training.padding import pad_token_id
@@ -51,14 +50,8 @@ class Generation(CausalLM, GenerationTask):
         check_int("max_new_tokens", self.max_new_tokens, 1)
         check_int("beams", self.beams, 1)
 
-    def check_setup(self, context: TaskContext) -> list[str]:
-        problems = super().check_setup(context)
-        if self.bleu:
-            try:
-                metrics.sacrebleu()
-            except FastPromptError as error:
-                problems.append(str(error))
-        return problems
+    def packages(self) -> tuple[str, ...]:
+        return ("sacrebleu",) if self.bleu else ()
 
     def positions(self, row: Features) -> int:
         given = row.labels.count(IGNORED)

@@ -43,6 +43,9 @@ class SequenceClassification(Task):
     def labels(self) -> tuple[str, ...]:
         return self.classes
 
+    def packages(self) -> tuple[str, ...]:
+        return ("sklearn",)
+
     def columns(self, context: TaskContext) -> tuple[str, ...]:
         return ("text", *(["text_pair"] if self.pairs else []), "label")
 

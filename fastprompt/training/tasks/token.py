@@ -52,6 +52,9 @@ class TokenClassification(Task):
     def labels(self) -> tuple[str, ...]:
         return self.classes
 
+    def packages(self) -> tuple[str, ...]:
+        return ("seqeval",)
+
     def columns(self, context: TaskContext) -> tuple[str, ...]:
         return ("tokens", "tags")
 

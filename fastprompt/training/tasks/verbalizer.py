@@ -78,6 +78,9 @@ class Verbalizer(Task):
         """The classes' names, in order."""
         return tuple(self.words)
 
+    def packages(self) -> tuple[str, ...]:
+        return ("sklearn",)
+
     def columns(self, context: TaskContext) -> tuple[str, ...]:
         return (*patterns.columns(self.pattern, context), "label")
 
