@@ -1,7 +1,7 @@
 """The calls that `python -m bench gpu-check` makes of every op, on the Triton kernels' PTX.
 
-`PYTHONPATH=tests python -m triton_ptx.grid record`, in .venv-triton, runs all of them and writes the
-largest error of each, as a share of what is allowed, into bench/results/ptx.csv. It takes about an hour.
+`PYTHONPATH=.:tests python tests/triton_ptx/grid.py record`, in .venv-triton, runs all of them and writes the largest
+error of each, as a share of what is allowed, into bench/results/ptx.csv.
 """
 
 from __future__ import annotations
