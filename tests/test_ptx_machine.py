@@ -115,7 +115,10 @@ def test_bits_and_bytes():
     a, b = INTS, OTHERS * 0x01010101
     both = "ld.global.b32 %r8, [%rd4];\nld.global.b32 %r9, [%rd4+512];\n"
     given = torch.cat([a, b])
-    room = lambda: torch.zeros(128, dtype=torch.int32)  # noqa: E731
+
+    def room():
+        return torch.zeros(128, dtype=torch.int32)
+
     got = run(both + "bfe.s32 %r10, %r8, 4, 8;\nst.global.b32 [%rd5], %r10;", given, room())
     assert torch.equal(got, (a >> 4).to(torch.int8).int())
     got = run(both + "prmt.b32 %r10, %r8, %r9, 0x5410;\nst.global.b32 [%rd5], %r10;", given, room())

@@ -22,9 +22,6 @@ class Address:
     offset: int
 
 
-Operand = "str | Address | tuple[str, ...]"
-
-
 @dataclass(frozen=True)
 class Instruction:
     """`opcode` is split at its dots; `guard` is a predicate and whether it is negated."""

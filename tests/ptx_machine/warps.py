@@ -11,18 +11,13 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import TYPES, Run, from_half, maker
-from .memory import Array, PtxError
+from .memory import Array
 from .moves import address
 from .program import Instruction
 
 WARP = 32
 _LANE = np.arange(WARP)
 WARP_WIDE = {"shfl", "vote", "redux", "ldmatrix", "stmatrix", "mma", "wgmma"}  # and bar.warp.sync
-
-
-def all_lanes(launch: Any, ins: Instruction, members: Any) -> None:
-    if np.any(np.asarray(launch.read(members, TYPES["u32"])) != 0xFFFFFFFF):
-        raise PtxError(f"only part of a warp is named: {ins.text}")
 
 
 @maker("shfl")
@@ -79,11 +74,11 @@ def _matrices(ins: Instruction) -> int:
     return int(next(m for m in ins.opcode if m in ("x1", "x2", "x4"))[1:])
 
 
-def _rows(launch: Any, at: Any, count: int) -> tuple[Array, Array]:
-    """Addresses of 8 rows of each matrix, and the warps' lanes that bring them: `[warps, count, 8]`."""
-    given = at().reshape(-1, WARP)[:, : 8 * count].reshape(-1, count, 8)
-    blocks = launch.block.reshape(-1, WARP)[:, : 8 * count].reshape(-1, count, 8)
-    return given, blocks
+def _rows(launch: Any, at: Any, count: int, mask: Any) -> tuple[Array, Array, Array]:
+    """Blocks and addresses of the 8 rows of each of a warp's matrices, one after the other, and which are wanted."""
+    lanes = (launch.block, at(), launch.mask(mask))
+    blocks, rows, wanted = (x.reshape(-1, WARP)[:, : 8 * count].reshape(-1) for x in lanes)
+    return blocks, rows, wanted
 
 
 @maker("ldmatrix")
@@ -94,11 +89,9 @@ def load_matrices(launch: Any, ins: Instruction) -> Run:
     transposed = ins.has("trans")
 
     def run(mask: Any) -> None:
-        rows, blocks = _rows(launch, at, count)
-        warps = launch.mask(mask).reshape(-1, WARP)[:, 0]
-        active = np.broadcast_to(warps[:, None, None], rows.shape).reshape(-1)
-        words = launch.shared.load_in(blocks.reshape(-1), rows.reshape(-1), np.dtype("u4"), 4, active)
-        launch.count(launch.shared, rows.reshape(-1), 16, active)
+        blocks, rows, wanted = _rows(launch, at, count, mask)
+        words = launch.shared.load_in(blocks, rows, np.dtype("u4"), 4, wanted)
+        launch.count(launch.shared, rows, 16, wanted)
         halves = np.stack(words, -1).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             halves = np.ascontiguousarray(halves.swapaxes(2, 3))
@@ -117,16 +110,14 @@ def store_matrices(launch: Any, ins: Instruction) -> Run:
     transposed = ins.has("trans")
 
     def run(mask: Any) -> None:
-        rows, blocks = _rows(launch, at, count)
-        warps = launch.mask(mask).reshape(-1, WARP)[:, 0]
-        active = np.broadcast_to(warps[:, None, None], rows.shape).reshape(-1)
+        blocks, rows, wanted = _rows(launch, at, count, mask)
         pairs = np.stack([x.reshape(-1, WARP) for x in given], 1)
         halves = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             halves = np.ascontiguousarray(halves.swapaxes(2, 3))
         words = halves.reshape(-1, 8).view(np.uint32)
-        launch.shared.store_in(blocks.reshape(-1), rows.reshape(-1), [words[:, i] for i in range(4)], active)
-        launch.count(launch.shared, rows.reshape(-1), 16, active)
+        launch.shared.store_in(blocks, rows, [words[:, i] for i in range(4)], wanted)
+        launch.count(launch.shared, rows, 16, wanted)
 
     return run
 
